@@ -1,0 +1,67 @@
+"""Labels that someone has made already, as files named after the pictures."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_prep.annotators import Label
+from data_prep.sources import UNREADABLE, Skip, SourceSample, crop_picture, crop_points, open_picture
+from rg.points import draw_skeletons
+
+
+class FileLabels:
+    """Reads the label of picture a/b.jpg from <path>/a/b.png, its keypoints from <path>/a/b.json, or one of the two.
+
+    The PNG has the size of the picture. The JSON is {"keypoints": P people x 18 x [x, y, visible]} in pixels of the
+    picture. Both are cropped and resized as the picture is. Without a PNG the skeleton is drawn from the JSON.
+
+    Args:
+        path: the folder of the labels.
+        line_width: thickness of a limb that is drawn, in pixels of the resized picture.
+    """
+
+    def __init__(self, *, path: str, line_width: float = 2.0) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ValueError(f"expected a folder of labels, found none at path={path}")
+        self.line_width = line_width
+
+    def annotate(self, samples: Sequence[SourceSample]) -> list[Label | Skip]:
+        return [self._label(sample) for sample in samples]
+
+    def _label(self, sample: SourceSample) -> Label | Skip:
+        picture_file = (self.path / sample.file).with_suffix(".png")
+        points_file = picture_file.with_suffix(".json")
+        size = sample.image.shape[1:]
+        if not picture_file.is_file() and not points_file.is_file():
+            return Skip(f"{sample.file.as_posix()} has no label: neither {picture_file} nor {points_file.name} exists")
+        keypoints = torch.zeros(0, 18, 3)
+        try:
+            if points_file.is_file():
+                keypoints = crop_points(read_keypoints(points_file), sample.original, size[0])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            return Skip(f"{points_file}: expected {{'keypoints': people x 18 x [x, y, visible]}}: {error!r}")
+        if not picture_file.is_file():
+            drawing = draw_skeletons(keypoints[None], size, size, self.line_width)[0]
+            return Label((drawing * 255).round().byte(), keypoints)
+        try:
+            picture = open_picture(picture_file)
+        except UNREADABLE as error:
+            return Skip(f"{picture_file} cannot be read: {error}")
+        found = picture.height, picture.width
+        if found != sample.original:
+            return Skip(f"{picture_file}: expected the picture's size {sample.original}, found {found}")
+        return Label(crop_picture(picture, size[0]), keypoints)
+
+
+def read_keypoints(path: Path) -> Tensor:
+    """Reads {"keypoints": ...}: (P, 18, 3) float32, P = 0 for an empty list; raises KeyError, TypeError, ValueError."""
+    keypoints = torch.tensor(json.loads(path.read_text(encoding="utf-8"))["keypoints"], dtype=torch.float32)
+    if keypoints.numel() and (keypoints.ndim != 3 or keypoints.shape[1:] != (18, 3)):
+        raise ValueError(f"found the shape {tuple(keypoints.shape)}")
+    if not keypoints.isfinite().all():
+        raise ValueError("found a number that is not finite")
+    return keypoints.reshape(-1, 18, 3)

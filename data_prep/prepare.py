@@ -1,0 +1,133 @@
+"""Label making: source -> annotator -> autoencoder -> webdataset shards, resumable and counted.
+
+`python -m data_prep.prepare +recipe=marionette_pose n=8500` builds the split "train" of data/marionette_pose.
+"""
+
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import hydra
+from filelock import FileLock
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from data_prep.shard_writer import ShardWriter
+from data_prep.sources import Source
+from rg.samples import SPLITS, DataError
+from rg.shards import Manifest
+
+PACKAGES = ("torch", "diffusers", "numpy", "pillow", "webdataset")
+
+
+def build(
+    *,
+    root: str,
+    source: Mapping[str, Any],
+    annotator: Mapping[str, Any],
+    backbone: Mapping[str, Any],
+    shard_size: int,
+    split: str = "train",
+    n: int | None = None,
+) -> Manifest:
+    """Makes the samples 0..n-1 of a split in <root>/<split>, except those that are there already.
+
+    The bytes of the folder depend on the settings and the largest n alone, not on how often the work was interrupted,
+    continued or extended. Two processes may ask for the same folder: the second waits, and finds its work done.
+
+    Args:
+        root: folder of the data set.
+        source: constructor call (`_target_` and arguments) of a source, see data_prep.sources.
+        annotator: constructor call of an annotator, see data_prep.annotators.
+        backbone: call that gives the rg.backbone.DiffusionBackbone whose autoencoder makes the latents.
+        shard_size: indices per shard.
+        split: one of SPLITS.
+        n: number of indices, of which the skipped ones give no sample; None takes all of a finite source.
+
+    Returns:
+        The manifest of the folder.
+
+    Raises:
+        DataError: before any work, unknown split or bad n, a source without that many pictures or of another resolution
+            than the backbone, a folder made with other settings; later, a latent that is not finite.
+    """
+    if split not in SPLITS:
+        raise DataError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    maker = instantiate(source, _convert_="all")
+    stop = _stop(maker, split, n)
+    encoder = instantiate(backbone, _convert_="all")
+    if encoder.resolution != (maker.resolution, maker.resolution):
+        raise DataError(f"source.resolution: expected the backbone's {encoder.resolution}, got {maker.resolution}")
+    settings = {"source": dict(source), "annotator": dict(annotator), "shard_size": shard_size}
+    settings |= {"pictures": {"resolution": maker.resolution, **maker.describe(split)}}
+    wanted = Manifest(split, settings, encoder.autoencoder_id, _versions())
+    folder = Path(root) / split
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        manifest = _open(folder, wanted)
+        writer = ShardWriter(folder, manifest, maker, instantiate(annotator, _convert_="all"), encoder)
+        writer.write(stop, shard_size)
+    return manifest
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+
+
+def _stop(source: Source, split: str, n: int | None) -> int:
+    count = source.count(split)
+    stop = count if n is None else n
+    if stop is None:
+        raise DataError("n: the source is endless, say how many samples to make, n=...")
+    if stop < 1 or (count is not None and stop > count):
+        raise DataError(f"n: expected 1 to {count or 'any number of'} pictures of split {split}, got {stop}")
+    return stop
+
+
+def _open(folder: Path, wanted: Manifest) -> Manifest:
+    """The folder's manifest, or `wanted` where it has none; refuses one that was made otherwise."""
+    if not (folder / "manifest.json").is_file():
+        return wanted
+    manifest = Manifest.read(folder)
+    old = dict(_flat({**manifest.settings, "autoencoder_id": manifest.autoencoder_id}))
+    new = dict(_flat({**wanted.settings, "autoencoder_id": wanted.autoencoder_id}))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            values = f"{old.get(key)!r}, asked for is {new.get(key)!r}"
+            raise DataError(f"{folder} was made with {key} = {values}: choose another root=... or delete the folder")
+    # A shard that was taken away is made again.
+    manifest.shards = {name: shard for name, shard in manifest.shards.items() if (folder / name).is_file()}
+    manifest.versions = wanted.versions
+    return manifest
+
+
+def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="prepare")
+def main(config: DictConfig) -> None:
+    """Runs the builder that `recipe` describes."""
+    if "recipe" not in config:
+        raise SystemExit(
+            "recipe: expected one, for example: python -m data_prep.prepare +recipe=marionette_pose n=8500"
+        )
+    arguments = {"split": config.split, "n": config.n}
+    if config.root is not None:
+        arguments["root"] = config.root
+    try:
+        manifest = instantiate(config.recipe)(**arguments)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    root = arguments.get("root", config.recipe.root)
+    print(f"{root}/{config.split}: {len(manifest.indices())} samples, {len(manifest.skipped)} skipped (manifest.json)")
+
+
+if __name__ == "__main__":
+    main()

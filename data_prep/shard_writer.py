@@ -1,0 +1,104 @@
+"""Writes the shards of one folder: each under a temporary name until it is whole, then renamed and counted."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from webdataset import TarWriter
+
+from data_prep.annotators import Annotator
+from data_prep.sources import Skip, Source
+from rg.backbone import DiffusionBackbone
+from rg.samples import DataError, Sample
+from rg.shards import Manifest, read_shard
+
+# Always the same number of pictures go through the autoencoder at once: the last bits of a latent depend on it.
+BATCH = 50
+
+
+class ShardWriter:
+    """Brings one folder to a number of samples.
+
+    Args:
+        folder: <root>/<split>.
+        manifest: of that folder; every finished shard is entered and the manifest written.
+        source: gives the pictures.
+        annotator: gives their labels.
+        backbone: gives their latents.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, source: Source, annotator: Annotator, backbone: DiffusionBackbone
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.source = source
+        self.annotator = annotator
+        self.backbone = backbone
+
+    def write(self, stop: int, shard_size: int) -> None:
+        """Brings the folder to `stop` indices, with a progress bar."""
+        todo = []
+        for number, start in enumerate(range(0, stop, shard_size)):
+            name, span = f"shard-{number:06d}.tar", range(start, min(start + shard_size, stop))
+            if self._counted(name, span)["stop"] < span.stop:
+                todo.append((name, span))
+        if not todo:
+            return
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns) as progress:
+            total = sum(span.stop - self._counted(name, span)["stop"] for name, span in todo)
+            task = progress.add_task(f"making {self.folder}", total=total)
+            for name, span in todo:
+                self._write_shard(name, span, lambda count: progress.advance(task, count))
+
+    def _counted(self, name: str, span: range) -> dict[str, int]:
+        return self.manifest.shards.get(name, {"start": span.start, "stop": span.start, "samples": 0})
+
+    def _write_shard(self, name: str, span: range, advance: Callable[[int], None]) -> None:
+        old = self._counted(name, span)
+        path, temporary = self.folder / name, self.folder / f"{name}.tmp"
+        skipped, samples = {}, old["samples"]
+        with temporary.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0) as writer:
+            # A shard that was the last one, and short, is continued: what it holds is copied, not made again.
+            for raw in read_shard(path, old) if samples else ():
+                writer.write({key: value for key, value in raw.items() if key != "__url__"})
+            for start in range(old["stop"], span.stop, BATCH):
+                batch = range(start, min(start + BATCH, span.stop))
+                for index, made in self._make(batch):
+                    if isinstance(made, Skip):
+                        skipped[f"{index:08d}"] = made.reason
+                    else:
+                        writer.write(made.encode())
+                        samples += 1
+                advance(len(batch))
+        temporary.replace(path)
+        self.manifest.shards[name] = {"start": span.start, "stop": span.stop, "samples": samples}
+        self.manifest.skipped |= skipped
+        self.manifest.write(self.folder)
+
+    def _make(self, indices: Sequence[int]) -> list[tuple[int, Sample | Skip]]:
+        made: dict[int, Any] = dict(zip(indices, self.source.read(self.manifest.split, indices), strict=True))
+        read = {index: item for index, item in made.items() if not isinstance(item, Skip)}
+        labels = dict(zip(read, self.annotator.annotate(list(read.values())), strict=True)) if read else {}
+        made |= {index: label for index, label in labels.items() if isinstance(label, Skip)}
+        kept = [index for index in read if not isinstance(labels[index], Skip)]
+        if kept:
+            latents = self._encode(torch.stack([read[index].image for index in kept]))
+            for index, latent in zip(kept, latents, strict=True):
+                item, label = read[index], labels[index]
+                if not latent.isfinite().all():
+                    raise DataError(f"{self.folder}: the latent of sample {index:08d} is not finite in half precision")
+                words = item.prompt, item.kind, item.seed, item.identity
+                made[index] = Sample(index, item.image, label.picture, label.keypoints, latent, *words)
+        return list(made.items())
+
+    def _encode(self, images: Tensor) -> Tensor:
+        """Mean and standard deviation of the latents of up to BATCH uint8 images: (B, 2C, h, w) float16."""
+        batch = images.new_zeros(BATCH, *images.shape[1:])
+        batch[: len(images)] = images
+        mean, std = self.backbone.encode(batch.float() / 127.5 - 1)
+        return torch.cat([mean, std], 1)[: len(images)].half().cpu()

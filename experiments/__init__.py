@@ -1,0 +1,1 @@
+"""Scripts and configurations behind each shipped weight, table and figure."""

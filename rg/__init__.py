@@ -1,0 +1,19 @@
+"""Readout guidance: steer diffusion models by small networks that read their features."""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "FixedTarget": "rg.targets",
+    "GuidanceTerm": "rg.guidance",
+    "ReadoutGuidance": "rg.guidance",
+    "SpatialHead": "rg.heads.spatial",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up on first use: rg.points alone should not import diffusers and Lightning.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rg' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,93 @@
+"""Pictures and charts of a training run, for W&B and as files."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+
+from rg.readout import ReadoutHead
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure under a temporary name, renames it, and closes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part.png")
+    figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def picture_grid(rows: dict[str, Tensor], side: int = 96) -> Any:
+    """A figure with one labelled row per entry; every entry is (N, 3, H, W) in [0, 1]."""
+    columns = max(len(row) for row in rows.values())
+    figure, axes = plt.subplots(len(rows), 1, figsize=(columns * side / 96, len(rows) * side / 96), squeeze=False)
+    for axis, (name, pictures) in zip(axes[:, 0], rows.items(), strict=True):
+        shown = F.interpolate(pictures.detach().float().cpu(), (side, side), mode="nearest")
+        axis.imshow(np.concatenate(list(shown.permute(0, 2, 3, 1).numpy()), axis=1).clip(0, 1))
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    figure.subplots_adjust(hspace=0.03)
+    return figure
+
+
+class _Figures(Callback):
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def _publish(self, trainer: Trainer, name: str, figure: Any) -> None:
+        path = self.folder / f"{name}-{trainer.global_step:06d}.png"
+        save_figure(figure, path)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image(key=name, images=[str(path)], step=trainer.global_step)
+
+
+class ReadoutPictures(_Figures):
+    """After each validation: held-out pictures, their labels, and the readouts at every validated noise level."""
+
+    def __init__(self, folder: str, count: int = 8) -> None:
+        super().__init__(folder)
+        self.count = count
+        self.batch: dict[str, Any] | None = None
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, head: ReadoutHead, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0:
+            self.batch = {key: value[: self.count] for key, value in batch.items()}
+
+    def on_validation_end(self, trainer: Trainer, head: ReadoutHead) -> None:
+        if self.batch is None or not trainer.is_global_zero:
+            return
+        batch = self.batch
+        rows = {"picture": (batch["image"] + 1) / 2, "label": (batch["label"] + 1) / 2}
+        with torch.no_grad():
+            for timestep in head.hparams.val_timesteps:
+                rows[f"t = {timestep}"] = head.preview(head.read_at(batch, timestep))
+        self._publish(trainer, "readouts", picture_grid(rows))
+
+
+class MixingWeights(_Figures):
+    """After each validation: how much every tap of the backbone contributes to the readout."""
+
+    def on_validation_end(self, trainer: Trainer, head: ReadoutHead) -> None:
+        if not trainer.is_global_zero:
+            return
+        weights = head.aggregation.mixing_weights.detach().softmax(0).cpu()
+        figure, axis = plt.subplots(figsize=(4, 2.2))
+        axis.bar([str(i) for i in range(len(weights))], weights)
+        axis.set_xlabel("tap, coarse to fine")
+        axis.set_ylabel("mixing weight")
+        self._publish(trainer, "mixing_weights", figure)

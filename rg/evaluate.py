@@ -1,0 +1,160 @@
+"""How often keypoints are where they should be, with and without guidance: python -m rg.evaluate"""
+
+import hashlib
+import json
+import logging
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+
+from rg.backbone import DiffusionBackbone
+from rg.callbacks import picture_grid, save_figure
+from rg.detectors import KeypointDetector
+from rg.evaluation import CONDITIONS, distances_to, score_images, summarise, table, write_text
+from rg.guidance import GuidanceTerm
+from rg.heads import load_head
+from rg.points import draw_skeletons
+from rg.readout import ReadoutHead
+from rg.runs import clear_errors, point_latest
+from rg.sampling import generate, save_picture, set_scheduler
+from rg.shards import Samples, read_shards
+from rg.targets import FixedTarget
+
+log = logging.getLogger(__name__)
+
+
+class Evaluation:
+    """Samples and scores the held-out poses, one file per picture, so that a broken-off run goes on where it stopped."""
+
+    def __init__(self, cfg: DictConfig, run_dir: Path) -> None:
+        for alpha in cfg.alphas:
+            if not 0 < alpha < 1:
+                raise ValueError(f"alphas: expected values in (0, 1), got {alpha}")
+        if cfg.images < 1:
+            raise ValueError(f"images: expected at least 1, got {cfg.images}")
+        self.cfg, self.run_dir = cfg, run_dir
+        self.head: ReadoutHead = load_head(cfg.head.path)
+        self.backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
+        self.head.check_denoiser(self.backbone.denoiser)
+        self.detector: KeypointDetector = instantiate(cfg.world.detector)
+        set_scheduler(self.backbone.pipeline, cfg.scheduler)
+        instantiate(cfg.data.builder)(split=cfg.split, n=cfg.images)
+        folder = Path(cfg.data.root) / cfg.split
+        self.samples: Samples = read_shards(folder, cfg.images, autoencoder_id=self.backbone.autoencoder_id)
+        self._claim_folder()
+
+    def _claim_folder(self) -> None:
+        weights = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in self.head.state_dict().values()))
+        settings = OmegaConf.to_container(self.cfg, resolve=True)
+        settings = {key: settings[key] for key in settings if key not in ("resume", "run_dir", "batch_size", "images")}
+        record = {"settings": settings, "head": weights.hexdigest()}
+        path = self.run_dir / "settings.json"
+        if path.is_file() and json.loads(path.read_text()) != record:
+            raise ValueError(f"{path}: this run was begun with another head or other settings; start anew: resume=false")
+        write_text(path, record)
+
+    def record_path(self, position: int) -> Path:
+        return self.run_dir / "samples" / f"{position:05d}.json"
+
+    def picture_path(self, position: int, condition: str) -> Path:
+        return self.run_dir / "samples" / f"{position:05d}-{condition}.png"
+
+    def run(self) -> dict[str, Any]:
+        """Samples what is missing, writes results.json, table.md and grid.png, and returns the results."""
+        todo = [i for i in range(len(self.samples)) if not self.record_path(i).is_file()]
+        size = self.cfg.batch_size
+        batches = [todo[start : start + size] for start in range(0, len(todo), size)]
+        for batch in track(batches, description="sampling", disable=not batches):
+            self.sample(batch)
+        records = [json.loads(self.record_path(i).read_text()) for i in range(len(self.samples))]
+        results = summarise(records, self.cfg.alphas)
+        pictures = {condition: self.pictures(condition) for condition in CONDITIONS}
+        renders = torch.stack([sample["image"] for sample in self.samples])
+        results["kernel_distance"] = distances_to(renders, pictures, self.detector)
+        results["seconds"] = {c: sum(r["seconds"][c] for r in records) for c in ("unguided", "guided")}
+        results["command"] = shlex.join(["python", "-m", "rg.evaluate", *sys.argv[1:]])
+        write_text(self.run_dir / "table.md", table(results))
+        save_figure(self.grid(), self.run_dir / "grid.png")
+        write_text(self.run_dir / "results.json", results)
+        return results
+
+    def sample(self, positions: list[int]) -> None:
+        """Unguided and guided pictures from the same seeds, the autoencoder's own, and their scores."""
+        batch = [self.samples[i] for i in positions]
+        keypoints = torch.stack([sample["keypoints"] for sample in batch])
+        guidance = instantiate(self.cfg.guidance)(terms=[GuidanceTerm(self.head, FixedTarget(keypoints))])
+        # Another picture's prompt: what it says must not give the pose away.
+        prompts = [self.samples.prompt[(i + len(self.samples) // 2) % len(self.samples)] for i in positions]
+        arguments = {"seeds": [self.cfg.seed * 1_000_003 + i for i in positions], **self.cfg.sampling}
+        pictures, seconds = {}, {}
+        for condition, steering in (("unguided", None), ("guided", guidance)):
+            begin = time.perf_counter()
+            pictures[condition] = generate(self.backbone.pipeline, prompts, guidance=steering, **arguments)
+            seconds[condition] = (time.perf_counter() - begin) / len(positions)
+        pictures["ceiling"] = self.backbone.decode(torch.stack([sample["latent_mean"] for sample in batch])).cpu()
+        readouts = self.head.preview(guidance.trace[-1].readouts[0]) if guidance.trace else None
+        scores = {
+            condition: score_images(self.detector.detect(images), keypoints[:, 0], self.cfg.alphas)
+            for condition, images in pictures.items()
+        }
+        for row, position in enumerate(positions):
+            for condition, images in pictures.items():
+                save_picture(images[row], self.picture_path(position, condition))
+            if readouts is not None:
+                save_picture(readouts[row] * 2 - 1, self.picture_path(position, "readout"))
+            record = {"position": position, "prompt": prompts[row], "seconds": seconds}
+            write_text(self.record_path(position), {**record, **{c: scores[c][row] for c in CONDITIONS}})
+
+    def pictures(self, condition: str, count: int | None = None) -> Tensor:
+        """Saved pictures of a condition: (N, 3, H, W) in [-1, 1]."""
+        paths = [self.picture_path(i, condition) for i in range(len(self.samples))[:count]]
+        arrays = [torch.frombuffer(bytearray(Image.open(p).tobytes()), dtype=torch.uint8) for p in paths]
+        sizes = [Image.open(path).size for path in paths]
+        shaped = [a.view(h, w, 3).permute(2, 0, 1) for a, (w, h) in zip(arrays, sizes, strict=True)]
+        return torch.stack(shaped).float() / 127.5 - 1
+
+    def grid(self, count: int = 10) -> Any:
+        """Target pose, picture it came from, unguided, guided, readout during guidance, detected pose."""
+        size = self.backbone.resolution
+        keypoints = self.samples.keypoints[:count]
+        points = [json.loads(self.record_path(i).read_text())["guided"]["points"] for i in range(len(keypoints))]
+        found = torch.cat([torch.tensor(points), torch.ones(len(points), 18, 1)], -1)[:, None]
+        shown = (4 * size[0], 4 * size[1])
+        rows = {
+            "target pose": draw_skeletons(keypoints, size, shown, 6.0),
+            "unguided": (self.pictures("unguided", count) + 1) / 2,
+            "guided": (self.pictures("guided", count) + 1) / 2,
+        }
+        if self.picture_path(0, "readout").is_file():
+            rows["readout"] = (self.pictures("readout", count) + 1) / 2
+        rows["detected pose"] = draw_skeletons(found, size, shown, 6.0)
+        return picture_grid(rows)
+
+
+def evaluate(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
+    """Runs the evaluation that `cfg` describes in run_dir, prints the table, and points `latest` at it."""
+    results = Evaluation(cfg, run_dir).run()
+    point_latest(run_dir)
+    print(table(results) + f"\n{run_dir}/grid.png\n{run_dir}/results.json")
+    return results
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+@clear_errors
+def main(cfg: DictConfig) -> float:
+    return evaluate(cfg, Path(HydraConfig.get().runtime.output_dir))["pck"]["0.1"]["guided"]["mean"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Scores of sampled pictures against the poses they were asked for, and how they are shown."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rg.detectors import Detection, KeypointDetector
+from rg.metrics import box_side, kernel_distance, paired_gain, pck
+
+CONDITIONS = ("unguided", "guided", "ceiling")
+BOXES = ("target", "predicted")
+# Below this number the kernel distance says nothing.
+KERNEL_IMAGES = 256
+
+
+def score_images(found: Detection, keypoints: Tensor, alphas: Sequence[float]) -> list[dict[str, Any]]:
+    """PCK of each picture: {"pck": {box: {alpha: share}}, "confidence", "present", "points"}.
+
+    Args:
+        found: the detector's poses of B pictures.
+        keypoints: (B, 18, 3) of (x, y, visible), the poses asked for.
+    """
+    target, visible = keypoints[..., :2], keypoints[..., 2] > 0
+    sides = {"target": box_side(target, visible), "predicted": box_side(found.points, visible)}
+    shares = {
+        box: {str(alpha): pck(found.points, target, visible, side, alpha) * found.present for alpha in alphas}
+        for box, side in sides.items()
+    }
+    return [
+        {
+            "pck": {box: {alpha: float(v[i]) for alpha, v in by_alpha.items()} for box, by_alpha in shares.items()},
+            "confidence": float(found.confidence[i].mean()),
+            "present": bool(found.present[i]),
+            "points": found.points[i].tolist(),
+        }
+        for i in range(len(keypoints))
+    ]
+
+
+def _summary(values: Tensor) -> dict[str, float]:
+    spread = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {"mean": float(values.mean()), "sem": spread}
+
+
+def summarise(records: Sequence[dict[str, Any]], alphas: Sequence[float]) -> dict[str, Any]:
+    """Means over images of every condition, and the paired gain of guidance with its 95 % interval."""
+    result: dict[str, Any] = {}
+    for box, name in zip(BOXES, ("pck", "pck_predicted_box"), strict=True):
+        result[name] = {}
+        for alpha in map(str, alphas):
+            values = {c: torch.tensor([r[c]["pck"][box][alpha] for r in records]) for c in CONDITIONS}
+            row: dict[str, Any] = {condition: _summary(values[condition]) for condition in CONDITIONS}
+            if len(records) > 1:
+                row["gain"] = paired_gain(values["unguided"], values["guided"])
+            row["share_of_ceiling"] = row["guided"]["mean"] / max(row["ceiling"]["mean"], 1e-9)
+            result[name][alpha] = row
+    result["confidence"] = {c: _summary(torch.tensor([r[c]["confidence"] for r in records])) for c in CONDITIONS}
+    result["present"] = {c: sum(r[c]["present"] for r in records) / len(records) for c in CONDITIONS}
+    result["images"] = len(records)
+    return result
+
+
+def distances_to(renders: Tensor, sets: dict[str, Tensor], detector: KeypointDetector) -> dict[str, float] | None:
+    """Kernel distance of sets of pictures to renders; None where there are fewer than KERNEL_IMAGES."""
+    if min(len(renders), *map(len, sets.values())) < KERNEL_IMAGES:
+        return None
+    with torch.no_grad():
+        features = {name: detector.embed(pictures) for name, pictures in {**sets, "renders": renders}.items()}
+    return {name: kernel_distance(features[name], features["renders"]) for name in sets}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        f"| {results['images']} images | unguided | guided | ceiling | gain (95 % interval) | guided / ceiling |",
+        "|---|---|---|---|---|---|",
+    ]
+    for alpha, row in results["pck"].items():
+        cells = [f"{row[c]['mean']:.3f} ± {row[c]['sem']:.3f}" for c in CONDITIONS]
+        gain = "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**row["gain"]) if "gain" in row else "-"
+        lines.append(f"| PCK@{alpha} | {' | '.join(cells)} | {gain} | {row['share_of_ceiling']:.1%} |")
+    cells = [f"{results['confidence'][c]['mean']:.3f} ± {results['confidence'][c]['sem']:.3f}" for c in CONDITIONS]
+    lines.append(f"| detector confidence | {' | '.join(cells)} | | |")
+    if results.get("kernel_distance"):
+        cells = [f"{results['kernel_distance'][c]:.4f}" for c in CONDITIONS]
+        lines.append(f"| kernel distance to renders | {' | '.join(cells)} | | |")
+    return "\n".join(lines) + "\n"
+
+
+def write_text(path: Path, content: str | dict[str, Any]) -> None:
+    """Writes text, or a record as JSON, under a temporary name, then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,132 @@
+"""Readout guidance: the gradient of an energy on readouts steers sampling (Luo et al., 2024, section 3.3).
+
+`with guidance.attach(pipe): pipe(...)` works on diffusers pipelines around a U-Net; the pipeline, its scheduler and its
+arguments stay the user's own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from rg.guided_step import GuidedRun, StepTrace
+from rg.hooks import hooked
+from rg.schedules import check_scheduler, moved_samples
+from rg.targets import FixedTarget
+
+UPDATES = ("score", "adam")
+BRANCHES = ("uncond", "cond", "both")
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's text: the noise prediction moves along the gradient of the unconditional branch.
+    "paper": {"update": "score", "branch": "uncond"},
+    # The authors' code: one Adam step on x_t per timestep, both branches, first half of the steps.
+    "released": {"update": "adam", "branch": "both", "latent_range_factor": True, "learning_rate": 2e-2, "stop": 0.5},
+}
+
+
+@dataclass(frozen=True)
+class GuidanceTerm:
+    """One summand of the energy: weight * head.energy(readout, target).
+
+    head: called as head(features, time_embedding). Without a target its result is itself the energy (B,), so that any
+        callable on features can guide.
+    """
+
+    head: Callable[[list[Tensor], Tensor | None], Tensor]
+    target: FixedTarget | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.target is not None and not hasattr(self.head, "energy"):
+            raise TypeError(f"a term with a target needs a head with an energy, got {type(self.head).__name__}")
+
+
+class ReadoutGuidance:
+    """Steers a pipeline's sampling by readouts.
+
+    Args:
+        terms: summands of the energy.
+        update: "score" adds readout_scale * sqrt(1 - abar_t) * gradient to the noise prediction; "adam" moves x_t by one
+            fresh Adam step of learning_rate, then predicts again (DDIM only).
+        readout_scale: strength of the score update.
+        normalize: None, or "rms": the gradient is first scaled to the RMS of the noise prediction, image by image.
+        branch: rows whose features are read. "uncond": under the head's own prompt, which is the pipeline's
+            unconditional half when that holds the same prompt, else one more call; "cond": the prompt's; "both".
+        start, stop: guided window, as fractions of the executed steps.
+        latent_range_factor: multiply energies by ((max x_t - min x_t) / readout span)^2, as the authors' code does.
+        checkpointing: less memory for one more forward pass of the guided rows.
+        keep_readouts: keep every step's readouts in the trace.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[GuidanceTerm],
+        *,
+        update: str = "score",
+        readout_scale: float = 1.0,
+        learning_rate: float = 2e-2,
+        normalize: str | None = None,
+        branch: str = "uncond",
+        start: float = 0.0,
+        stop: float = 1.0,
+        latent_range_factor: bool = False,
+        checkpointing: bool = False,
+        keep_readouts: bool = False,
+    ) -> None:
+        for name, value, allowed in (
+            ("update", update, UPDATES),
+            ("branch", branch, BRANCHES),
+            ("normalize", normalize, (None, "rms")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+        if not 0 <= start <= stop <= 1:
+            raise ValueError(f"start, stop: expected 0 <= start <= stop <= 1, got {start} and {stop}")
+        if not terms:
+            raise ValueError("terms: expected at least one GuidanceTerm, got none")
+        prompts = {term.head.prompt for term in terms if hasattr(term.head, "prompt")}
+        if len(prompts) > 1:
+            raise ValueError(f"terms: heads guide together only under one prompt, got {sorted(prompts)}")
+        self.prompt: str | None = next(iter(prompts), None)
+        self.terms = list(terms)
+        self.update = update
+        self.readout_scale = readout_scale
+        self.learning_rate = learning_rate
+        self.normalize = normalize
+        self.branch = branch
+        self.start = start
+        self.stop = stop
+        self.latent_range_factor = latent_range_factor
+        self.checkpointing = checkpointing
+        self.keep_readouts = keep_readouts
+        self.trace: list[StepTrace] = []
+
+    @classmethod
+    def preset(cls, name: str, terms: Sequence[GuidanceTerm], **changes: Any) -> Self:
+        """Guidance with the settings of PRESETS[name], changed where `changes` says so."""
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
+        return cls(terms, **{**PRESETS[name], **changes})
+
+    @contextmanager
+    def attach(self, pipe: Any) -> Iterator[Self]:
+        """Guides every call of `pipe` inside the context; afterwards the pipeline is as it was.
+
+        Raises:
+            ValueError: the scheduler has no rule, or a head was made for another backbone.
+        """
+        check_scheduler(pipe.scheduler, self.update)
+        for term in self.terms:
+            if hasattr(term.head, "check_denoiser"):
+                term.head.check_denoiser(pipe.unet)
+        with torch.no_grad():
+            condition = None if self.prompt is None else pipe.encode_prompt(self.prompt, pipe.device, 1, False)[0]
+        run = GuidedRun(self, pipe, condition)
+        with ExitStack() as stack:
+            stack.enter_context(hooked(pipe.unet, run, checkpointing=self.checkpointing))
+            if self.update == "adam":
+                stack.enter_context(moved_samples(pipe.scheduler, run.take_move))
+            yield self

@@ -1,0 +1,165 @@
+"""Spatially aligned readouts: pose, depth, edges (Luo et al., 2024, section 3.2)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rg.metrics import PCK
+from rg.points import COLORS, KEYPOINTS, Size, draw_skeletons, heatmaps, peaks
+from rg.readout import ReadoutHead
+
+VARIANTS = ("rgb", "keypoints")
+# A heatmap cell below this height counts as background.
+FOREGROUND = 0.05
+
+
+class SpatialHead(ReadoutHead):
+    """Reads one map that lies on the image: an RGB control picture, or one heatmap per keypoint.
+
+    The readout is (B, 3, H, W) in control_range (variant "rgb") or (B, 18, H, W), about [0, 1] (variant "keypoints").
+
+    Args:
+        variant: "rgb" (the paper's) or "keypoints".
+        control_range: values of black and white in the "rgb" readout; (-0.5, 0.5) for pose and edges, (-1, 1) for depth.
+        sparse: balance background and foreground in the loss (pose, edges), or take a plain mean (depth).
+        sparse_energy: the same for the guidance energy; the authors guide with a plain mean.
+        sigma: radius of a heatmap's bump, in readout cells.
+        hidden_channels: width of the first of three output convolutions.
+        hyperparameters: see ReadoutHead.
+    """
+
+    def __init__(
+        self,
+        *,
+        variant: str = "rgb",
+        control_range: tuple[float, float] = (-0.5, 0.5),
+        sparse: bool = True,
+        sparse_energy: bool = True,
+        sigma: float = 1.0,
+        hidden_channels: int = 128,
+        **hyperparameters: Any,
+    ) -> None:
+        if variant not in VARIANTS:
+            raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
+        super().__init__(**hyperparameters)
+        self.output_head = nn.Sequential(
+            nn.Conv2d(self.hparams.projection_dim, hidden_channels, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(hidden_channels, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(32, 3 if variant == "rgb" else len(KEYPOINTS), 1),
+        )
+        self.val_pck = nn.ModuleDict({str(t): PCK(alphas=(0.05, 0.1)) for t in self.hparams.val_timesteps})
+
+    def forward(self, features: list[Tensor], time_embedding: Tensor | None) -> Tensor:
+        """Readout of taps (B, C_l, h_l, w_l), coarse to fine, and time embedding (B, E)."""
+        readout = self.output_head(self.aggregation(features, time_embedding))
+        return readout.tanh() if self.hparams.variant == "rgb" else readout
+
+    def encode_target(self, control: Tensor, *, readout_size: Size, image_size: Size) -> Tensor:
+        """What the readout should be.
+
+        Args:
+            control: pictures (B, 3, H, W) in [-1, 1] of the image's size, or keypoints (B, P, 18, 3) of (x, y, visible)
+                in the image's pixels, which the "rgb" variant draws as skeletons.
+            readout_size, image_size: (height, width).
+
+        Raises:
+            ValueError: the control has another shape or size, or the variant cannot be made from it.
+        """
+        if control.ndim != 4:
+            raise ValueError(f"control: expected (B,3,H,W) pictures or (B,P,18,3) keypoints, got {tuple(control.shape)}")
+        is_keypoints = control.shape[-2:] == (len(KEYPOINTS), 3)
+        if self.hparams.variant == "keypoints":
+            if not is_keypoints:
+                raise ValueError(
+                    f"control: a head of variant=keypoints expects (B,P,18,3) keypoints, got {tuple(control.shape)}"
+                )
+            return heatmaps(control, image_size, readout_size, self.hparams.sigma)
+        if is_keypoints:
+            # One readout cell wide, so that a limb survives the area resize.
+            stroke = image_size[1] / readout_size[1]
+            picture = draw_skeletons(control, image_size, image_size, stroke)
+        elif control.shape[1:] != (3, *image_size):
+            raise ValueError(f"control: expected pictures (B,3,{image_size[0]},{image_size[1]}), got {tuple(control.shape)}")
+        else:
+            picture = (control + 1) / 2
+        low, high = self.hparams.control_range
+        return F.interpolate(picture, readout_size, mode="area") * (high - low) + low
+
+    def error(self, readout: Tensor, target: Tensor, *, sparse: bool) -> Tensor:
+        """Squared error per sample (B,); sparse: background and foreground elements weigh the same."""
+        squared = (readout - target) ** 2
+        if not sparse:
+            return squared.flatten(1).mean(1)
+        background = self.hparams.control_range[0] if self.hparams.variant == "rgb" else FOREGROUND
+        return balanced_mean(squared, target > background)
+
+    def loss(self, readout: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Mean error over the batch; the label is the picture, or the keypoints for that variant."""
+        control = batch["keypoints"] if self.hparams.variant == "keypoints" else batch["label"]
+        target = self.encode_target(
+            control, readout_size=tuple(readout.shape[-2:]), image_size=tuple(batch["label"].shape[-2:])
+        )
+        return self.error(readout, target, sparse=self.hparams.sparse).mean()
+
+    def energy(self, readout: Tensor, target: Tensor) -> Tensor:
+        """Distance of readouts to encoded targets, per sample (B,): what guidance lowers."""
+        return self.error(readout, target, sparse=self.hparams.sparse_energy)
+
+    @property
+    def readout_span(self) -> float:
+        """Width of the control range; 1 for heatmaps."""
+        low, high = self.hparams.control_range
+        return high - low if self.hparams.variant == "rgb" else 1.0
+
+    def keypoints(self, readout: Tensor, image_size: Size) -> Tensor:
+        """The pose in a readout: (B, 18, 2) in pixels of an image of image_size."""
+        if self.hparams.variant == "keypoints":
+            return peaks(readout, image_size)[0]
+        low, high = self.hparams.control_range
+        colors = readout.new_tensor(COLORS) / 255 * (high - low) + low
+        distance = ((readout[:, None] - colors[..., None, None]) ** 2).sum(2)
+        return peaks(F.avg_pool2d(torch.exp(-8 * distance), 3, 1, 1), image_size)[0]
+
+    def metrics(self, readout: Tensor, batch: dict[str, Any], timestep: int) -> None:
+        """Logs PCK of the readout's pose, over held-out pictures of one person."""
+        people = (batch["keypoints"][..., 2] > 0).any(-1)
+        single = people.sum(1) == 1
+        if not single.any():
+            return
+        truth = batch["keypoints"][single][people[single]]
+        found = self.keypoints(readout[single], tuple(batch["label"].shape[-2:]))
+        metric = self.val_pck[str(timestep)]
+        metric.update(found, truth[..., :2], truth[..., 2] > 0)
+
+    def on_validation_epoch_end(self) -> None:
+        for timestep, metric in self.val_pck.items():
+            if metric.update_called:
+                for alpha, value in metric.compute().items():
+                    self.log(f"val/pck@{alpha}_t{timestep}", value["mean"], rank_zero_only=True)
+            metric.reset()
+
+    def preview(self, readout: Tensor) -> Tensor:
+        """Pictures of readouts or encoded targets: (B, 3, H, W) in [0, 1]."""
+        if self.hparams.variant == "rgb":
+            low, high = self.hparams.control_range
+            return ((readout - low) / (high - low)).clamp(0, 1)
+        colors = readout.new_tensor(COLORS) / 255
+        return (readout.clamp(0, 1)[:, :, None] * colors[..., None, None]).amax(1)
+
+
+def balanced_mean(values: Tensor, foreground: Tensor) -> Tensor:
+    """Mean over background plus mean over foreground elements, halved, per sample: (B, ...) -> (B,).
+
+    A sample that lacks one of the two is averaged over the other.
+    """
+    values, foreground = values.flatten(1), foreground.flatten(1)
+    halves = []
+    for part in (foreground, ~foreground):
+        count = part.sum(1)
+        halves.append(((values * part).sum(1) / count.clamp_min(1), (count > 0).to(values)))
+    (inner, has_inner), (outer, has_outer) = halves
+    return (inner + outer) / (has_inner + has_outer)

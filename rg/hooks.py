@@ -1,0 +1,146 @@
+"""The one place that touches diffusers' hooks: taps of a denoiser, and a hook around its forward call.
+
+A tap is the output of `conv2` of a decoder ResNet block, before the residual is added (Luo et al., 2024, section 3.1).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
+
+HOOK_NAME = "readout_guidance"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one denoiser call gives.
+
+    output: (B, C, h, w), the model's raw output in the scheduler's prediction type, first C latent channels.
+    features: one (B, C_l, h_l, w_l) per tap, in decoder order (coarse to fine).
+    """
+
+    output: Tensor
+    features: list[Tensor]
+
+
+def taps(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Names and modules of the taps in decoder order.
+
+    Raises:
+        ValueError: the denoiser has no decoder ResNet blocks to tap.
+    """
+    found = {
+        f"up_blocks.{i}.resnets.{j}.conv2": resnet.conv2
+        for i, block in enumerate(getattr(denoiser, "up_blocks", ()))
+        for j, resnet in enumerate(getattr(block, "resnets", ()))
+    }
+    if not found:
+        raise ValueError(
+            f"no readout taps: expected a U-Net with up_blocks[i].resnets[j].conv2, got {type(denoiser).__name__}"
+        )
+    return found
+
+
+def predict(
+    denoiser: nn.Module, sample: Tensor, timestep: Tensor, *, forward: Callable[..., Any] | None = None, **inputs: Any
+) -> Prediction:
+    """One denoiser call that keeps its features; the only such call in training, sampling and evaluation.
+
+    Args:
+        sample: (B, C, h, w), the denoiser's input.
+        timestep: scalar or (B,), in the scheduler's units.
+        forward: what to call instead of the denoiser, from inside a hook on it.
+        inputs: the denoiser's other arguments.
+    """
+    features: list[Tensor] = []
+    handles = [tap.register_forward_hook(lambda _m, _i, out: features.append(out)) for tap in taps(denoiser).values()]
+    try:
+        output = (forward or denoiser)(sample, timestep, **{**inputs, "return_dict": False})[0]
+    finally:
+        # Removed before any backward pass: recomputation of checkpointed blocks would fire them again.
+        for handle in handles:
+            handle.remove()
+    return Prediction(output, features)
+
+
+def embed_time(denoiser: nn.Module, index: Tensor) -> Tensor:
+    """The denoiser's own embedding of time indices (B,): (B, E), without gradient."""
+    with torch.no_grad():
+        projected = denoiser.time_proj(index)
+        return denoiser.time_embedding(projected.to(next(denoiser.time_embedding.parameters()).dtype))
+
+
+def take_rows(value: Any, rows: slice, batch: int) -> Any:
+    """Rows of every tensor in `value` (nested in tuples, lists, dicts) whose first axis is the batch; the rest as is.
+
+    Lists are new lists of clones: a U-Net consumes adapter residuals in place.
+    """
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {key: take_rows(item, rows, batch) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(take_rows(item, rows, batch) for item in value)
+    if isinstance(value, list):
+        taken = [take_rows(item, rows, batch) for item in value]
+        return [item.clone() if isinstance(item, Tensor) else item for item in taken]
+    return value
+
+
+class _DenoiserHook(ModelHook):
+    def __init__(self, call: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.call = call
+
+    def new_forward(self, module: nn.Module, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            raise TypeError("a guided denoiser takes keyword arguments after (sample, timestep)")
+        return_dict = kwargs.pop("return_dict", True)
+        timestep = torch.as_tensor(timestep, device=sample.device)
+        output = self.call(self.fn_ref.original_forward, sample, timestep, **kwargs)
+        if not return_dict:
+            return (output,)
+        return UNet2DConditionOutput(sample=output)
+
+
+@contextmanager
+def hooked(denoiser: nn.Module, call: Callable[..., Tensor], *, checkpointing: bool = False) -> Iterator[None]:
+    """Lets `call(forward, sample, timestep, **inputs) -> output` answer for the denoiser inside the context.
+
+    The denoiser's parameters are frozen meanwhile; on leaving, also by an exception, it is as it was.
+
+    Args:
+        checkpointing: recompute activations in the backward pass (less memory, one more forward).
+
+    Raises:
+        RuntimeError: the denoiser is guided already.
+    """
+    had_registry = hasattr(denoiser, "_diffusers_hook")
+    if had_registry and denoiser._diffusers_hook.get_hook(HOOK_NAME) is not None:
+        raise RuntimeError("guidance is attached to this pipeline already; leave that context first")
+    own_forward = denoiser.__dict__.get("forward")
+    trainable = [p for p in denoiser.parameters() if p.requires_grad]
+    checkpointed = {m: m.gradient_checkpointing for m in denoiser.modules() if hasattr(m, "gradient_checkpointing")}
+    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    registry.register_hook(_DenoiserHook(call), HOOK_NAME)
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        if checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        yield
+    finally:
+        registry.remove_hook(HOOK_NAME, recurse=False)
+        if own_forward is None:
+            denoiser.__dict__.pop("forward", None)
+        if not had_registry:
+            del denoiser._diffusers_hook
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module, state in checkpointed.items():
+            module.gradient_checkpointing = state

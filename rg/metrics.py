@@ -1,0 +1,162 @@
+"""Scores of keypoints and of sets of pictures. Points are (x, y) in pixels of one image; see rg.points."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def box_side(points: Tensor, visible: Tensor) -> Tensor:
+    """Larger side of the box around the visible ones of points (B, K, 2): (B,) in pixels, 0 where fewer than two are.
+
+    Args:
+        points: (B, K, 2).
+        visible: (B, K) bool.
+    """
+    low = torch.where(visible[..., None], points, torch.inf).amin(1)
+    high = torch.where(visible[..., None], points, -torch.inf).amax(1)
+    return (high - low).amax(-1).clamp_min(0)
+
+
+def pck(predicted: Tensor, target: Tensor, visible: Tensor, size: Tensor, alpha: float) -> Tensor:
+    """Share of each image's visible keypoints that lie within alpha * size of their target (Yang & Ramanan, 2013).
+
+    Args:
+        predicted: (B, K, 2) in pixels.
+        target: (B, K, 2) in pixels.
+        visible: (B, K) bool, which keypoints count; at least one per image.
+        size: (B,) side of a box in pixels, see `box_side`.
+        alpha: tolerance as a share of the box, in (0, 1).
+
+    Returns:
+        (B,) in [0, 1].
+
+    Raises:
+        ValueError: alpha outside (0, 1), tensors that do not fit together, or an image without a visible keypoint
+            (it has no score: leave it out, or do not draw such targets).
+    """
+    if not 0 < alpha < 1:
+        raise ValueError(f"expected alpha in (0, 1), got {alpha}: change `alpha`")
+    b, k = visible.shape
+    shapes = [tuple(x.shape) for x in (predicted, target, size)]
+    if shapes != [(b, k, 2), (b, k, 2), (b,)]:
+        raise ValueError(f"expected predicted, target, size {[(b, k, 2), (b, k, 2), (b,)]}, got {shapes}")
+    empty = (~visible.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"PCK counts visible keypoints only, and these samples of the batch have none: {empty}")
+    correct = (predicted - target).norm(dim=-1) <= alpha * size[:, None]
+    return (correct & visible).sum(1) / visible.sum(1)
+
+
+class PCK(Metric):
+    """Mean share of correct keypoints over images, at several tolerances.
+
+    Args:
+        alphas: tolerances in (0, 1), shares of the larger side of a box.
+        box: "target" is the box around the target's visible keypoints, "predicted" the box around the prediction of the
+            same keypoints (the paper's wording).
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    total: Tensor
+    squares: Tensor
+    images: Tensor
+
+    def __init__(self, *, alphas: Sequence[float] = (0.05, 0.1, 0.2), box: Literal["target", "predicted"] = "target") -> None:
+        super().__init__()
+        wrong = [alpha for alpha in alphas if not 0 < alpha < 1]
+        if wrong or not alphas:
+            raise ValueError(f"expected alphas in (0, 1), at least one, got {list(alphas)}: change `alphas`")
+        if box not in ("target", "predicted"):
+            raise ValueError(f"expected box 'target' or 'predicted', got {box!r}: change `box`")
+        self.alphas, self.box = tuple(alphas), box
+        # Sums alone, so that adding them over processes is exact.
+        for name in ("total", "squares"):
+            self.add_state(name, torch.zeros(len(self.alphas), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, predicted: Tensor, target: Tensor, visible: Tensor, present: Tensor | None = None) -> None:
+        """Adds B images.
+
+        Args:
+            predicted, target: (B, K, 2) in pixels.
+            visible: (B, K) bool, which keypoints of the target count.
+            present: (B,) bool, whether a person was found; where not, every keypoint is wrong. None: everywhere.
+
+        Raises:
+            ValueError: see `pck`.
+        """
+        size = box_side(target if self.box == "target" else predicted, visible)
+        shares = torch.stack([pck(predicted, target, visible, size, alpha) for alpha in self.alphas]).double()
+        if present is not None:
+            shares = shares * present
+        self.total += shares.sum(1)
+        self.squares += (shares**2).sum(1)
+        self.images += len(predicted)
+
+    def compute(self) -> dict[float, dict[str, float]]:
+        """For each alpha the mean over images and its standard error ("sem"; 0 for one image, whose spread is unknown)."""
+        count = int(self.images)
+        if count == 0:
+            raise ValueError("PCK of no images: call update() first")
+        mean = self.total / count
+        variance = (self.squares - count * mean**2).clamp_min(0) / max(count - 1, 1)
+        sem = (variance / count).sqrt()
+        return {a: {"mean": m, "sem": s} for a, m, s in zip(self.alphas, mean.tolist(), sem.tolist(), strict=True)}
+
+
+def paired_gain(before: Tensor, after: Tensor) -> dict[str, float]:
+    """Mean of after - before over the same N images, with its 95 % interval (paired Student's t): "mean", "low", "high".
+
+    Raises:
+        ValueError: not two vectors of one length N >= 2.
+    """
+    if before.shape != after.shape or before.ndim != 1 or len(before) < 2:
+        raise ValueError(f"expected two vectors (N,) with N >= 2, got {tuple(before.shape)} and {tuple(after.shape)}")
+    gain = after.double() - before.double()
+    half = student_quantile(len(gain) - 1) * float(gain.std()) / math.sqrt(len(gain))
+    mean = float(gain.mean())
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def student_quantile(freedom: int, coverage: float = 0.95) -> float:
+    """The t with P(|T| <= t) = coverage for Student's T with `freedom` >= 1 degrees of freedom.
+
+    With T = sqrt(freedom) tan(a) the density of the angle a is proportional to cos(a)^(freedom - 1): it is summed up on a
+    grid, to 4 digits.
+    """
+    angle = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
+    mass = torch.cumulative_trapezoid(angle.cos() ** (freedom - 1), angle)
+    index = int(torch.searchsorted(mass, coverage * mass[-1]))
+    return math.sqrt(freedom) * math.tan(float(angle[index + 1]))
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Unbiased squared MMD with the kernel (x . y / D + 1)^3, the KID of Binkowski et al. (2018), of features of two sets.
+
+    Its mean over draws from one distribution is 0, so single values may be negative. Below 256 samples per set the spread
+    hides most differences.
+
+    Args:
+        a: (N, D), N >= 2.
+        b: (M, D), M >= 2.
+
+    Raises:
+        ValueError: other shapes.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"expected (N, D) and (M, D) with N, M >= 2, got {tuple(a.shape)} and {tuple(b.shape)}")
+    a, b = a.double(), b.double()
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> Tensor:
+        gram = kernel(x, x)
+        return (gram.sum() - gram.trace()) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())

@@ -1,0 +1,61 @@
+"""Run folders that never collide and can be resumed, and errors that end a command with one line."""
+
+import functools
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+OUTPUTS = "outputs"
+_chosen: dict[tuple[str, str], str] = {}
+
+
+def run_folder(name: str, overrides: str, resume: bool | str) -> str:
+    """<name>/<time>-<hash of overrides>, relative to outputs/.
+
+    With resume=True it is the newest one with the same hash, with "unfinished" only if that has no results.json yet.
+    The same run asks more than once while its configuration is resolved; it gets the same answer.
+    """
+    if resume not in (True, False, "unfinished"):
+        raise ValueError(f"resume: expected true, false or unfinished, got {resume!r}")
+    key = (name, overrides)
+    if key not in _chosen:
+        code = hashlib.sha256(overrides.encode()).hexdigest()[:8]
+        earlier = sorted((Path(OUTPUTS) / name).glob(f"*-{code}"))[-1:] if resume else []
+        if resume == "unfinished":
+            earlier = [folder for folder in earlier if not (folder / "results.json").exists()]
+        fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{code}"
+        _chosen[key] = f"{name}/{earlier[0].name if earlier else fresh}"
+    return _chosen[key]
+
+
+OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+# W&B's id of a run follows from its folder: a resumed run continues its own charts.
+OmegaConf.register_new_resolver("run_id", lambda folder: "-".join(Path(folder).parts[-2:]), replace=True)
+
+
+def point_latest(run_dir: Path) -> None:
+    """Makes <run_dir>/../latest a link to run_dir, in one step."""
+    link = run_dir.parent / "latest"
+    temporary = run_dir.parent / f".latest-{os.getpid()}"
+    temporary.symlink_to(run_dir.name)
+    temporary.replace(link)
+
+
+def clear_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Ends a command with one line where input, files or numbers are bad, instead of a stack trace."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, FileNotFoundError, FloatingPointError) as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            raise SystemExit(f"error: {error}") from None
+
+    return wrapped

@@ -1,0 +1,73 @@
+"""Guided pictures from the command line: python -m rg.sample +experiment=pose_control"""
+
+import logging
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+
+from rg.backbone import DiffusionBackbone
+from rg.callbacks import picture_grid, save_figure
+from rg.guidance import GuidanceTerm
+from rg.heads import load_head
+from rg.runs import clear_errors, point_latest
+from rg.sampling import generate, load_control, save_picture, set_scheduler
+from rg.shards import read_shards
+from rg.targets import FixedTarget
+
+log = logging.getLogger(__name__)
+
+
+def read_controls(cfg: DictConfig, backbone: DiffusionBackbone) -> tuple[FixedTarget, list[str]]:
+    """The control file that `cfg.control` names, else poses of held-out pictures; and a prompt for each image."""
+    if cfg.control is not None:
+        prompts = [cfg.prompt or ""] * cfg.images
+        return FixedTarget(load_control(cfg.control, backbone.resolution)), prompts
+    instantiate(cfg.data.builder)(split="test", n=cfg.pose + cfg.images)
+    samples = read_shards(Path(cfg.data.root) / "test", cfg.pose + cfg.images)
+    prompts = [cfg.prompt or prompt for prompt in samples.prompt[cfg.pose :]]
+    return FixedTarget(samples.keypoints[cfg.pose :]), prompts
+
+
+def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
+    """Writes guided pictures and grid.png into run_dir; returns the pictures (B, 3, H, W) in [-1, 1]."""
+    if cfg.images < 1:
+        raise ValueError(f"images: expected at least 1, got {cfg.images}")
+    head = load_head(cfg.head.path)
+    backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
+    head.check_denoiser(backbone.denoiser)
+    set_scheduler(backbone.pipeline, cfg.scheduler)
+    target, prompts = read_controls(cfg, backbone)
+    guidance = instantiate(cfg.guidance)(terms=[GuidanceTerm(head, target)])
+    backbone.pipeline.set_progress_bar_config(disable=False)
+    arguments = {"seeds": [cfg.seed * 1_000_003 + i for i in range(cfg.images)], **cfg.sampling}
+    unguided = generate(backbone.pipeline, prompts, **arguments)
+    guided = generate(backbone.pipeline, prompts, guidance=guidance, **arguments)
+    readouts = guidance.trace[-1].readouts[0] if guidance.trace else None
+    rows = {"unguided": (unguided + 1) / 2, "guided": (guided + 1) / 2}
+    if readouts is not None:
+        size = (readouts.shape[-2], readouts.shape[-1])
+        wanted = target.encode(head, readout_size=size, image_size=backbone.resolution, device=readouts.device)
+        rows = {"control": head.preview(wanted), **rows, "readout": head.preview(readouts)}
+    for number, picture in enumerate(guided):
+        save_picture(picture, run_dir / f"{number:05d}.png")
+    save_figure(picture_grid(rows, side=128), run_dir / "grid.png")
+    point_latest(run_dir)
+    energies = [float(step.energy.mean()) for step in guidance.trace]
+    if energies:
+        log.info("mean energy: %.4f at the first guided step, %.4f at the last", energies[0], energies[-1])
+    print(f"{run_dir}/grid.png")
+    return guided
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="sample")
+@clear_errors
+def main(cfg: DictConfig) -> None:
+    sample(cfg, Path(HydraConfig.get().runtime.output_dir))
+
+
+if __name__ == "__main__":
+    main()

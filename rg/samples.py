@@ -1,0 +1,176 @@
+"""The one owner of the sample schema: a labelled picture in a shard, many in memory, and a batch of them.
+
+A sample's key is its index in its split, as eight digits. Members: image.png and label.png (RGB, lossless, one size),
+json (prompt, kind, seed, identity, size, keypoints), and latent.npy.
+A batch is a dict: image and label (B, 3, H, W) float32 in [-1, 1]; keypoints (B, P, 18, 3) float32 of (x, y, visible)
+in pixels of the image, absent people all 0; latent_mean and latent_std (B, C, h, w) float32, scaled latents;
+prompt list[str]; index (B,) int64, the sample's place in its split; draw (B,) int64, how often the sample was drawn
+before in this run.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+# The position of a split is part of a generated sample's seed: append, never reorder.
+SPLITS = ("train", "val", "search", "test")
+
+Batch = dict[str, Any]
+
+
+class DataError(ValueError):
+    """A folder, shard, member or setting that cannot be used; the message names it, what was expected and found."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled picture.
+
+    Attributes:
+        index: position in its split.
+        image: (3, H, W) uint8, RGB.
+        label: (3, H, W) uint8, RGB.
+        keypoints: (P, 18, 3) float32 of (x, y, visible) in pixels of the image; P = 0 where the label has none.
+        latent: (2C, h, w) float16: mean, then standard deviation of the scaled latents.
+        prompt: a description, or "".
+        kind: what the picture shows, in the source's words.
+        seed: the seed sequence of a generated picture, else None.
+        identity: the attributes of each person, where the source knows them, else None.
+    """
+
+    index: int
+    image: Tensor
+    label: Tensor
+    keypoints: Tensor
+    latent: Tensor
+    prompt: str
+    kind: str
+    seed: tuple[int, ...] | None
+    identity: list[dict[str, Any]] | None
+
+    def encode(self) -> dict[str, str | bytes]:
+        """The sample as a webdataset writer takes it: "__key__" and the bytes of each member."""
+        meta = {
+            "prompt": self.prompt,
+            "kind": self.kind,
+            "seed": self.seed,
+            "identity": self.identity,
+            "size": list(self.image.shape[1:]),
+            "keypoints": self.keypoints.tolist(),
+        }
+        latent = io.BytesIO()
+        np.save(latent, self.latent.numpy(), allow_pickle=False)
+        return {
+            "__key__": f"{self.index:08d}",
+            "image.png": _to_png(self.image),
+            "label.png": _to_png(self.label),
+            "json": json.dumps(meta).encode(),
+            "latent.npy": latent.getvalue(),
+        }
+
+    @classmethod
+    def decode(cls, raw: dict[str, Any], shard: Path) -> Self:
+        """Reads what `encode` wrote; `shard` is named in errors. Members of other names are never looked at.
+
+        Raises:
+            DataError: a member is missing, unreadable, or of another size or type than the schema says.
+        """
+        key, member = raw["__key__"], "json"
+        try:
+            meta = json.loads(raw[member])
+            keypoints = torch.tensor(meta["keypoints"], dtype=torch.float32).reshape(-1, 18, 3)
+            seed = None if meta["seed"] is None else tuple(meta["seed"])
+            size = tuple(meta["size"])
+            words = meta["prompt"], meta["kind"], seed, meta["identity"]
+            member = "image.png"
+            image = _from_png(raw[member], size)
+            member = "label.png"
+            label = _from_png(raw[member], size)
+            member = "latent.npy"
+            latent = _from_npy(raw[member])
+        except KeyError as error:
+            found = sorted(name for name in raw if not name.startswith("__"))
+            raise DataError(f"{shard}: sample {key} has no {error} (looked for {member}, members: {found})") from error
+        except Exception as error:  # a damaged file may fail anywhere inside its decoder
+            raise DataError(f"{shard}: {member} of sample {key} cannot be used: {error}") from error
+        return cls(int(key), image, label, keypoints, latent, *words)
+
+
+def _to_png(picture: Tensor) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def _from_png(data: bytes, size: tuple[int, ...]) -> Tensor:
+    picture = Image.open(io.BytesIO(data), formats=["PNG"])
+    if (picture.mode, picture.size[::-1]) != ("RGB", size):
+        raise ValueError(f"expected an RGB picture of {size}, found {picture.mode} of {picture.size[::-1]}")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _from_npy(data: bytes) -> Tensor:
+    latent = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    if latent.dtype != np.float16 or latent.ndim != 3 or len(latent) % 2:
+        raise ValueError(f"expected float16 of (2C, h, w), found {latent.dtype} of {latent.shape}")
+    return torch.from_numpy(latent)
+
+
+@dataclass(frozen=True)
+class Samples(Dataset[Batch]):
+    """N samples in memory, compact; indexing gives one sample of a batch (see above), with draw 0.
+
+    Attributes:
+        index: (N,) int64, places in the split.
+        image: (N, 3, H, W) uint8.
+        label: (N, 3, H, W) uint8.
+        keypoints: (N, P, 18, 3) float32, P the most people in one picture, at least 1.
+        latent: (N, 2C, h, w) float16, mean then standard deviation.
+        prompt: N descriptions.
+    """
+
+    index: Tensor
+    image: Tensor
+    label: Tensor
+    keypoints: Tensor
+    latent: Tensor
+    prompt: list[str]
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def __getitem__(self, position: int) -> Batch:
+        mean, std = self.latent[position].float().chunk(2)
+        return {
+            "image": self.image[position].float() / 127.5 - 1,
+            "label": self.label[position].float() / 127.5 - 1,
+            "keypoints": self.keypoints[position],
+            "latent_mean": mean,
+            "latent_std": std,
+            "prompt": self.prompt[position],
+            "index": self.index[position],
+            "draw": 0,
+        }
+
+    @classmethod
+    def stack(cls, samples: Sequence[Sample]) -> Self:
+        """Puts samples together; raises RuntimeError where pictures or latents differ in size."""
+        people = [sample.keypoints for sample in samples]
+        return cls(
+            index=torch.tensor([sample.index for sample in samples]),
+            image=torch.stack([sample.image for sample in samples]),
+            label=torch.stack([sample.label for sample in samples]),
+            keypoints=pad_sequence([*people, torch.zeros(1, 18, 3)], batch_first=True)[:-1],
+            latent=torch.stack([sample.latent for sample in samples]),
+            prompt=[sample.prompt for sample in samples],
+        )

@@ -1,0 +1,65 @@
+"""What guidance has to know of a diffusers scheduler."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def check_scheduler(scheduler: Any, update: str) -> None:
+    """Raises ValueError when there is no guidance rule for this scheduler."""
+    name = type(scheduler).__name__
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"scheduler: guidance needs a variance-preserving schedule (alphas_cumprod), {name} has none")
+    if scheduler.config.prediction_type not in PREDICTIONS:
+        raise ValueError(
+            f"scheduler: prediction_type is {scheduler.config.prediction_type!r}, expected one of {PREDICTIONS}"
+        )
+    if update == "adam" and not isinstance(scheduler, DDIMScheduler):
+        raise ValueError(f"scheduler: update=adam is defined for DDIMScheduler, got {name}; use update=score")
+
+
+def alpha_bar(scheduler: Any, timestep: Tensor) -> Tensor:
+    """abar_t of a timestep, scalar in [0, 1]; 1 / (1 + sigma^2) where the scheduler keeps sigmas.
+
+    Sigmas come first: with Karras spacing or fractional timesteps the timestep alone does not name the noise level.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        return scheduler.alphas_cumprod[timestep.long().cpu()]
+    position = (scheduler.timesteps == timestep.to(scheduler.timesteps.device)).nonzero()
+    if not len(position):
+        raise ValueError(f"timestep {timestep.item()} is not among the scheduler's timesteps")
+    return 1 / (1 + sigmas[position[0, 0]] ** 2)
+
+
+def noise_to_output(delta: Tensor, prediction_type: str, abar: Tensor) -> Tensor:
+    """A change of the noise prediction as a change of the model's output, at fixed x_t.
+
+    v = (eps - sqrt(1 - abar) x_t) / sqrt(abar) (Salimans and Ho, 2022), so delta_v = delta_eps / sqrt(abar); zero where
+    abar is zero, since x_t then holds no signal to steer.
+    """
+    if prediction_type == "epsilon":
+        return delta
+    return delta / abar.sqrt() if abar > 0 else torch.zeros_like(delta)
+
+
+@contextmanager
+def moved_samples(scheduler: Any, take_move: Callable[[], Tensor | None]) -> Iterator[None]:
+    """Adds `take_move()` to the sample of every scheduler step inside the context."""
+    step = scheduler.step
+
+    def moved_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        move = take_move()
+        return step(model_output, timestep, sample if move is None else sample + move, *args, **kwargs)
+
+    scheduler.step = moved_step
+    try:
+        yield
+    finally:
+        del scheduler.step

@@ -1,0 +1,48 @@
+"""Trains a readout head: python -m rg.train +experiment=pose_100"""
+
+import logging
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning import seed_everything
+from omegaconf import DictConfig
+
+from rg.backbone import DiffusionBackbone
+from rg.readout import ReadoutHead
+from rg.runs import clear_errors, point_latest
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
+    """Trains the head that `cfg` describes and leaves it in <run_dir>/head; continues a checkpoint found there."""
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
+    head: ReadoutHead = instantiate(
+        cfg.head, tap_channels=backbone.tap_channels, time_embed_dim=backbone.time_embed_dim, _convert_="all"
+    )
+    head.attach_backbone(backbone)
+    data = instantiate(cfg.data, autoencoder_id=backbone.autoencoder_id)
+    trainer = instantiate(cfg.trainer, logger=list(instantiate(cfg.logger).values()))
+    backbone.to(trainer.strategy.root_device)
+    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    if checkpoint.is_file():
+        log.info("resuming %s", checkpoint)
+    trainer.fit(head, data, ckpt_path=str(checkpoint) if checkpoint.is_file() else None, weights_only=True)
+    if trainer.is_global_zero:
+        head.save_pretrained(run_dir / "head")
+        point_latest(run_dir)
+        log.info("head: %s", run_dir / "head")
+    return head
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+@clear_errors
+def main(cfg: DictConfig) -> None:
+    train(cfg, Path(HydraConfig.get().runtime.output_dir))
+
+
+if __name__ == "__main__":
+    main()

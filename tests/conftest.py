@@ -1,0 +1,118 @@
+"""What many tests share: no network, few threads, and a real pipeline small enough to build in every test."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+ROOT = Path(__file__).parents[1]
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The optional folder of reference material beside the repository; a test that needs it is skipped without."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> CLIPTokenizer:
+    """The tokenizer of the embedded model: 161 tokens."""
+    return CLIPTokenizer.from_pretrained(ROOT / "rg/models/marionette/tokenizer")
+
+
+def _unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+    )
+
+
+def _autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+
+
+def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+@pytest.fixture
+def tiny_pipeline(tokenizer: CLIPTokenizer) -> Callable[..., StableDiffusionPipeline]:
+    """Makes StableDiffusionPipelines with random weights: pictures of 32x32, latents (4,8,8), float32, in eval mode.
+
+    `tiny_pipeline(scheduler=EulerDiscreteScheduler, prediction_type="v_prediction", seed=0)`: equal seeds give
+    equal weights, and the test's own random state is left alone.
+    """
+
+    def build(
+        *, scheduler: type[SchedulerMixin] = DDIMScheduler, prediction_type: str = "epsilon", seed: int = 0
+    ) -> StableDiffusionPipeline:
+        schedule = DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type=prediction_type,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            unet, vae, text_encoder = _unet(), _autoencoder(), _text_encoder(tokenizer)
+        pipeline = StableDiffusionPipeline(
+            vae=vae.eval(),
+            text_encoder=text_encoder.eval(),
+            tokenizer=tokenizer,
+            unet=unet.eval(),
+            scheduler=scheduler.from_config(schedule.config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return build

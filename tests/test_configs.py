@@ -1,0 +1,107 @@
+"""Every yaml under conf/ names its command, fits the signatures it calls, and composes with the command's config."""
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
+WORLDS = sorted(path.stem for path in CONF.glob("world/*.yaml"))
+EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
+RECIPES = sorted(path.stem for path in CONF.glob("recipe/*.yaml"))
+# config: the module of its command, which registers what the config interpolates.
+COMMANDS = {"train": "rg.train", "sample": "rg.sample", "evaluate": "rg.evaluate", "prepare": "data_prep.prepare"}
+RUNS = [
+    *(("train", [f"+experiment={name}", f"world={world}"]) for name in EXPERIMENTS for world in WORLDS),
+    *(("prepare", [f"+recipe={name}"]) for name in RECIPES),
+    *((name, [f"world={world}"]) for name in ("sample", "evaluate") for world in WORLDS),
+]
+INSTRUCTIONS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+
+
+def calls(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping with a `_target_` at any depth, with its dotted path."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from calls(value, f"{path}.{key}".lstrip("."))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from calls(value, f"{path}[{index}]")
+
+
+def misfits(node: Any) -> list[str]:
+    """What does not bind to the signature it calls, as "path: target: reason"."""
+    found = []
+    for path, call in calls(node):
+        target = call["_target_"]
+        try:
+            signature = inspect.signature(get_object(target))
+            keys = {key: value for key, value in call.items() if key not in INSTRUCTIONS}
+            bind = signature.bind_partial if call.get("_partial_") else signature.bind
+            bind(*call.get("_args_", ()), **keys)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            found.append(f"{path or '(top)'}: {target}: {error}")
+    return found
+
+
+def compose_plain(config: str, overrides: list[str]) -> dict[str, Any]:
+    """Composes a command's config as Hydra does, and resolves every interpolation outside Hydra's own node."""
+    importlib.import_module(COMMANDS[config])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose(config, overrides, return_hydra_config=True)
+    OmegaConf.set_struct(composed, False)
+    composed.hydra.job.num, composed.hydra.runtime.output_dir = 0, "outputs"  # what Hydra fills in when it runs
+    HydraConfig.instance().set_config(composed)
+    del composed["hydra"]
+    # An experiment says everything; the other commands may leave values to the command line.
+    return OmegaConf.to_container(composed, resolve=True, throw_on_missing=config == "train")
+
+
+def test_there_are_configs() -> None:
+    assert {f"{name}.yaml" for name in COMMANDS} <= set(FILES)
+    assert EXPERIMENTS and WORLDS and RECIPES
+    assert any(list(calls(OmegaConf.to_container(OmegaConf.load(CONF / file)))) for file in FILES)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_comment_on_top_is_a_command(file: str) -> None:
+    lines = (CONF / file).read_text(encoding="utf-8").splitlines()
+    # Hydra reads `# @package` above every other comment only; further down it is ignored without a word.
+    rest = lines[1:] if lines[0].startswith("# @package") else lines
+    assert not [line for line in rest if re.match(r"\s*#\s*@package", line)], "expected # @package in the first line"
+    command = re.match(r"# .*?(?:python -m ([\w.]+)|make ([a-z-]+))", rest[0])
+    assert command, f"expected '# python -m ...' or '# make ...' on top (below # @package), got {rest[0]!r}"
+    module, target = command.groups()
+    if module:
+        assert find_spec(module), f"no module {module}"
+    else:
+        assert target in re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M), f"no make target {target}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_targets_bind(file: str) -> None:
+    assert not misfits(OmegaConf.to_container(OmegaConf.load(CONF / file)))
+
+
+@pytest.mark.parametrize(("config", "overrides"), RUNS, ids=[" ".join([name, *words]) for name, words in RUNS])
+def test_run_composes(config: str, overrides: list[str]) -> None:
+    assert not misfits(compose_plain(config, overrides))
+
+
+def test_misfits_are_found() -> None:
+    node = {"a": [{"_target_": "torch.nn.Linear", "in_features": 1, "out_feature": 2}], "b": {"_target_": "torch.no"}}
+    assert [line.split(": ")[0] for line in misfits(node)] == ["a[0]", "b"]
+    assert not misfits({"_target_": "torch.nn.Linear", "_partial_": True, "in_features": "${width}"})
