@@ -19,6 +19,7 @@ from data_prep.sources import Source
 from rg.samples import SPLITS, DataError
 from rg.shards import Manifest
 
+CONF = Path(__file__).parents[1] / "conf"
 PACKAGES = ("torch", "diffusers", "numpy", "pillow", "webdataset")
 
 
@@ -57,6 +58,7 @@ def build(
         raise DataError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     maker = instantiate(source, _convert_="all")
     stop = _stop(maker, split, n)
+    labels = instantiate(annotator, _convert_="all")
     encoder = instantiate(backbone, _convert_="all")
     if encoder.resolution != (maker.resolution, maker.resolution):
         raise DataError(f"source.resolution: expected the backbone's {encoder.resolution}, got {maker.resolution}")
@@ -67,8 +69,7 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         manifest = _open(folder, wanted)
-        writer = ShardWriter(folder, manifest, maker, instantiate(annotator, _convert_="all"), encoder)
-        writer.write(stop, shard_size)
+        ShardWriter(folder, manifest, maker, labels, encoder).write(stop, shard_size)
     return manifest
 
 
@@ -111,7 +112,7 @@ def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
             yield f"{path}{key}", value
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="prepare")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="prepare")
 def main(config: DictConfig) -> None:
     """Runs the builder that `recipe` describes."""
     if "recipe" not in config:

@@ -1,4 +1,4 @@
-"""The pictures that the keypoint detector learns from: renders, renders through the autoencoder, pictures without a person."""
+"""What the keypoint detector learns from: renders, renders through the autoencoder, and pictures without a person."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -45,7 +45,9 @@ def render_people(seed: int, split: str, count: int, *, side: int, kinds: Mappin
     return torch.cat(images), torch.cat(keypoints)
 
 
-def through_autoencoder(images: Tensor, backbone: DiffusionBackbone, generator: Generator, noise: float = 0.0) -> Tensor:
+def through_autoencoder(
+    images: Tensor, backbone: DiffusionBackbone, generator: Generator, noise: float = 0.0
+) -> Tensor:
     """Encodes and decodes images (N, 3, H, W) uint8, with noise of a random strength up to `noise` on the latents."""
     parts = []
     for chunk in tqdm(images.split(CHUNK), desc="autoencoder", unit_scale=CHUNK):
@@ -55,15 +57,13 @@ def through_autoencoder(images: Tensor, backbone: DiffusionBackbone, generator: 
     return torch.cat(parts)
 
 
-def make_empty(
-    seed: int, split: str, people: Tensor, backbone: DiffusionBackbone, generator: Generator
-) -> Tensor:  # fmt: skip
+def make_empty(seed: int, split: str, people: Tensor, backbone: DiffusionBackbone, generator: Generator) -> Tensor:
     """Pictures without a person, as many as `people` (N, 3, H, W) uint8 and of each kind in turn.
 
     They are backgrounds, `people` cut into tiles that are shuffled, and decoded latents of noise, smooth or not.
     """
     n, side, few = len(people), people.shape[-1], -(-len(people) // 3)
-    scenes = [replace(draw_scene((seed, SPLITS[split], index), KINDS), people=()) for index in range(few)]
+    scenes = [replace(draw_scene((seed, SPLITS[split], index), {"one": 1.0}), people=()) for index in range(few)]
     alone = render_scenes(scenes, resolution=side, supersampling=1).image
     tiles = F.unfold(people[:few].float(), side // 8, stride=side // 8)
     order = torch.rand(len(tiles), 1, tiles.shape[-1], generator=generator).argsort(-1).expand_as(tiles)
@@ -92,7 +92,7 @@ def largest_person(keypoints: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, keypoints: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Moves, turns, scales, mirrors, brightens, blurs and adds noise to images (B, 3, H, W); moves keypoints (B, 18, 3)."""
+    """Changes images (B, 3, H, W) in place, light, sharpness and noise, and moves their keypoints (B, 18, 3) along."""
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(len(images), generator=generator) * (high - low) + low

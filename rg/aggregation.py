@@ -62,4 +62,6 @@ class AggregationNetwork(nn.Module):
         height, width = features[-1].shape[-2:]
         size = (height * self.output_scale, width * self.output_scale)
         weights = self.mixing_weights.softmax(0)
-        return sum(w * net(f, time_embedding, size) for w, net, f in zip(weights, self.bottlenecks, features, strict=True))
+        return sum(
+            w * net(f, time_embedding, size) for w, net, f in zip(weights, self.bottlenecks, features, strict=True)
+        )

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
-from rg.hooks import Prediction, embed_time, predict, taps
+from rg.hooks import Prediction, embed_time, predict, tap_channels, time_embed_dim
 from rg.models import locate
 
 
@@ -26,8 +26,8 @@ class DiffusionBackbone:
             module.eval().requires_grad_(False)
         self.num_timesteps: int = pipeline.scheduler.config.num_train_timesteps
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod
-        self.time_embed_dim: int = self.denoiser.time_embedding.linear_2.out_features
-        self.tap_channels: list[int] = [tap.out_channels for tap in taps(self.denoiser).values()]
+        self.time_embed_dim: int = time_embed_dim(self.denoiser)
+        self.tap_channels: list[int] = tap_channels(self.denoiser)
         self.latent_channels: int = self.vae.config.latent_channels
         side = self.denoiser.config.sample_size
         self.latent_size: tuple[int, int] = (side, side)

@@ -14,7 +14,7 @@ from torch import Tensor
 from rg.readout import ReadoutHead
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 def save_figure(figure: Any, path: Path) -> None:

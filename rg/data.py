@@ -33,9 +33,10 @@ class Passes(Dataset[Batch]):
 
 
 class Positions(DistributedSampler[Batch]):
-    """Which positions of `Passes` one rank sees in one epoch: a pure function of (epoch, rank).
+    """Which positions of `Passes` one rank sees: step k takes the k-th block of ranks x batch_size, a part per rank.
 
-    A step takes consecutive positions, one block of `batch_size` per rank, and epochs follow each other without a gap.
+    It counts what it has given, over all epochs; that count is its whole state, and Lightning's epoch is not read:
+    a checkpoint of a run that ended in mid-epoch says that the epoch is over.
     It is a DistributedSampler because Lightning replaces every other sampler when there are several ranks.
     """
 
@@ -43,16 +44,23 @@ class Positions(DistributedSampler[Batch]):
         super().__init__(passes, num_replicas=ranks, rank=rank, shuffle=False)
         self.batch_size = batch_size
         self.epoch_batches = epoch_batches
+        self.given = 0
 
     def __len__(self) -> int:
         return self.epoch_batches * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        for place in range(len(self)):
-            batch, item = divmod(place, self.batch_size)
-            # The epoch is read at every item: a resumed loader is wound forward before Lightning sets its epoch.
-            step = self.epoch * self.epoch_batches + batch
+        """The rest of the epoch."""
+        for _ in range(len(self) - self.given % len(self)):
+            step, item = divmod(self.given, self.batch_size)
+            self.given += 1
             yield (step * self.num_replicas + self.rank) * self.batch_size + item
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.given = state["given"]
 
 
 class ReadoutDataModule(LightningDataModule):

@@ -1,4 +1,4 @@
-"""A network that judges pictures of one person and knows nothing of readout heads: 18 keypoints, their confidence, presence."""
+"""A network that judges pictures of one person, 18 keypoints and their confidence, and knows nothing of heads."""
 
 import json
 import os
@@ -35,7 +35,7 @@ class Detection(NamedTuple):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut (He et al., 2016): (B, inputs, h, w) -> (B, outputs, h / stride, w / stride)."""
+    """Two 3x3 convolutions and a shortcut (He et al., 2016): (B, inputs, h, w) -> (B, outputs, h/stride, w/stride)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class ResidualBlock(nn.Module):
 
 
 class KeypointDetector(nn.Module):
-    """An hourglass (Newell et al., 2016) that gives each keypoint a distribution over half-resolution cells and "absent".
+    """An hourglass (Newell et al., 2016): for each keypoint a distribution over half-resolution cells and "absent".
 
     Pictures enter as 4x4 patches and the maps leave as 2x2 patches, so that nearly all arithmetic runs at a quarter of
     the resolution: a 64 px picture takes about 2 ms on one core.
@@ -145,7 +145,7 @@ class KeypointDetector(nn.Module):
         """
         for name in (CONFIG, WEIGHTS):
             if not (Path(folder) / name).is_file():
-                raise FileNotFoundError(f"no detector in {folder}: {name} is missing; python -m experiments.train_detector")
+                raise FileNotFoundError(f"{folder} holds no {name}: run python -m experiments.train_detector")
         config: dict[str, Any] = json.loads((Path(folder) / CONFIG).read_text())
         detector = cls(**config)
         detector.load_state_dict(load_file(Path(folder) / WEIGHTS))

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """Samples and scores the held-out poses, one file per picture, so that a broken-off run goes on where it stopped."""
+    """Samples and scores the held-out poses, a file per picture: a broken-off run goes on where it stopped."""
 
     def __init__(self, cfg: DictConfig, run_dir: Path) -> None:
         for alpha in cfg.alphas:
@@ -46,7 +46,7 @@ class Evaluation:
         self.cfg, self.run_dir = cfg, run_dir
         self.head: ReadoutHead = load_head(cfg.head.path)
         self.backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
-        self.head.check_denoiser(self.backbone.denoiser)
+        self.head.check_taps(self.backbone.tap_channels, self.backbone.time_embed_dim)
         self.detector: KeypointDetector = instantiate(cfg.world.detector)
         set_scheduler(self.backbone.pipeline, cfg.scheduler)
         instantiate(cfg.data.builder)(split=cfg.split, n=cfg.images)
@@ -61,7 +61,9 @@ class Evaluation:
         record = {"settings": settings, "head": weights.hexdigest()}
         path = self.run_dir / "settings.json"
         if path.is_file() and json.loads(path.read_text()) != record:
-            raise ValueError(f"{path}: this run was begun with another head or other settings; start anew: resume=false")
+            raise ValueError(
+                f"{path}: this run was begun with another head or other settings; start anew: resume=false"
+            )
         write_text(path, record)
 
     def record_path(self, position: int) -> Path:
@@ -153,6 +155,7 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 @clear_errors
 def main(cfg: DictConfig) -> float:
+    """Evaluates one head; returns guided PCK@0.1 for Hydra's sweepers."""
     return evaluate(cfg, Path(HydraConfig.get().runtime.output_dir))["pck"]["0.1"]["guided"]["mean"]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rg.guided_step import GuidedRun, StepTrace
-from rg.hooks import hooked
+from rg.hooks import hooked, tap_channels, time_embed_dim
 from rg.schedules import check_scheduler, moved_samples
 from rg.targets import FixedTarget
 
@@ -49,8 +49,8 @@ class ReadoutGuidance:
 
     Args:
         terms: summands of the energy.
-        update: "score" adds readout_scale * sqrt(1 - abar_t) * gradient to the noise prediction; "adam" moves x_t by one
-            fresh Adam step of learning_rate, then predicts again (DDIM only).
+        update: "score" adds readout_scale * sqrt(1 - abar_t) * gradient to the noise prediction; "adam" moves x_t by
+            one fresh Adam step of learning_rate, then predicts again (DDIM only).
         readout_scale: strength of the score update.
         normalize: None, or "rms": the gradient is first scaled to the RMS of the noise prediction, image by image.
         branch: rows whose features are read. "uncond": under the head's own prompt, which is the pipeline's
@@ -120,8 +120,8 @@ class ReadoutGuidance:
         """
         check_scheduler(pipe.scheduler, self.update)
         for term in self.terms:
-            if hasattr(term.head, "check_denoiser"):
-                term.head.check_denoiser(pipe.unet)
+            if hasattr(term.head, "check_taps"):
+                term.head.check_taps(tap_channels(pipe.unet), time_embed_dim(pipe.unet))
         with torch.no_grad():
             condition = None if self.prompt is None else pipe.encode_prompt(self.prompt, pipe.device, 1, False)[0]
         run = GuidedRun(self, pipe, condition)

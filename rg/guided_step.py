@@ -136,14 +136,20 @@ class GuidedRun:
 
     def _check_finite(self, step: int, timestep: Tensor, energy: Tensor, gradient: Tensor) -> None:
         for name, value in (("energy", energy), ("gradient", gradient)):
-            if not value.isfinite().all():
-                bad = (~value.flatten(1).isfinite().all(1) if value.ndim > 1 else ~value.isfinite()).nonzero()
-                raise FloatingPointError(
-                    f"guidance step {step} (t={timestep.item():g}): {name} is not finite for rows {bad.flatten().tolist()}"
-                )
+            bad = (~value.flatten(1).isfinite().all(1) if value.ndim > 1 else ~value.isfinite()).nonzero().flatten()
+            if len(bad):
+                where = f"guidance step {step} (t={timestep.item():g})"
+                raise FloatingPointError(f"{where}: {name} is not finite for rows {bad.tolist()}")
 
     def _record(
-        self, step: int, timestep: Tensor, energy: Tensor, gradient: Tensor, delta: Tensor, shared: bool, readouts: list[Tensor]
+        self,
+        step: int,
+        timestep: Tensor,
+        energy: Tensor,
+        gradient: Tensor,
+        delta: Tensor,
+        shared: bool,
+        readouts: list[Tensor],
     ) -> None:
         self.guidance.trace.append(
             StepTrace(

@@ -46,6 +46,16 @@ def taps(denoiser: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def tap_channels(denoiser: nn.Module) -> list[int]:
+    """Channels of the taps, in decoder order."""
+    return [tap.out_channels for tap in taps(denoiser).values()]
+
+
+def time_embed_dim(denoiser: nn.Module) -> int:
+    """Width of the denoiser's time embedding."""
+    return denoiser.time_embedding.linear_2.out_features
+
+
 def predict(
     denoiser: nn.Module, sample: Tensor, timestep: Tensor, *, forward: Callable[..., Any] | None = None, **inputs: Any
 ) -> Prediction:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -66,7 +67,9 @@ class PCK(Metric):
     squares: Tensor
     images: Tensor
 
-    def __init__(self, *, alphas: Sequence[float] = (0.05, 0.1, 0.2), box: Literal["target", "predicted"] = "target") -> None:
+    def __init__(
+        self, *, alphas: Sequence[float] = (0.05, 0.1, 0.2), box: Literal["target", "predicted"] = "target"
+    ) -> None:
         super().__init__()
         wrong = [alpha for alpha in alphas if not 0 < alpha < 1]
         if wrong or not alphas:
@@ -99,7 +102,7 @@ class PCK(Metric):
         self.images += len(predicted)
 
     def compute(self) -> dict[float, dict[str, float]]:
-        """For each alpha the mean over images and its standard error ("sem"; 0 for one image, whose spread is unknown)."""
+        """For each alpha the mean over images and its standard error "sem", 0 for one image (its spread is unknown)."""
         count = int(self.images)
         if count == 0:
             raise ValueError("PCK of no images: call update() first")
@@ -110,7 +113,7 @@ class PCK(Metric):
 
 
 def paired_gain(before: Tensor, after: Tensor) -> dict[str, float]:
-    """Mean of after - before over the same N images, with its 95 % interval (paired Student's t): "mean", "low", "high".
+    """Mean of after - before over the same N images and its 95 % interval (paired Student's t): "mean", "low", "high".
 
     Raises:
         ValueError: not two vectors of one length N >= 2.
@@ -126,20 +129,22 @@ def paired_gain(before: Tensor, after: Tensor) -> dict[str, float]:
 def student_quantile(freedom: int, coverage: float = 0.95) -> float:
     """The t with P(|T| <= t) = coverage for Student's T with `freedom` >= 1 degrees of freedom.
 
-    With T = sqrt(freedom) tan(a) the density of the angle a is proportional to cos(a)^(freedom - 1): it is summed up on a
-    grid, to 4 digits.
+    With T = sqrt(freedom) tan(a) the density of the angle a is proportional to cos(a)^(freedom - 1), which is summed up
+    on a grid: right to 4 digits.
     """
-    angle = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
-    mass = torch.cumulative_trapezoid(angle.cos() ** (freedom - 1), angle)
-    index = int(torch.searchsorted(mass, coverage * mass[-1]))
-    return math.sqrt(freedom) * math.tan(float(angle[index + 1]))
+    angle = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
+    mass = F.pad(torch.cumulative_trapezoid(angle.cos() ** (freedom - 1), angle), (1, 0))
+    goal = coverage * mass[-1]
+    above = int(torch.searchsorted(mass, goal))
+    share = (goal - mass[above - 1]) / (mass[above] - mass[above - 1])
+    return math.sqrt(freedom) * math.tan(float(torch.lerp(angle[above - 1], angle[above], share)))
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Unbiased squared MMD with the kernel (x . y / D + 1)^3, the KID of Binkowski et al. (2018), of features of two sets.
+    """Unbiased squared MMD with kernel (x . y / D + 1)^3, the KID of Binkowski et al. (2018), of features of two sets.
 
-    Its mean over draws from one distribution is 0, so single values may be negative. Below 256 samples per set the spread
-    hides most differences.
+    Its mean over draws from one distribution is 0, so single values may be negative. Below 256 samples per set the
+    spread hides most differences.
 
     Args:
         a: (N, D), N >= 2.

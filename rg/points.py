@@ -96,7 +96,7 @@ def peaks(maps: Tensor, to_size: Size, radius: int = 2) -> tuple[Tensor, Tensor]
 def draw_skeletons(keypoints: Tensor, from_size: Size, to_size: Size, width: float) -> Tensor:
     """Draws OpenPose skeletons on black: limbs at 60 % brightness, keypoints as discs over them.
 
-    Edges are hard and the background is exactly 0, so that a sparse loss can tell the two apart (method: sparse control).
+    Edges are hard and the background is exactly 0, so that a sparse loss can tell the two apart.
 
     Args:
         keypoints: (B, P, 18, 3) of (x, y, visible) in pixels of an image of `from_size`.

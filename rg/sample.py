@@ -38,7 +38,7 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
         raise ValueError(f"images: expected at least 1, got {cfg.images}")
     head = load_head(cfg.head.path)
     backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
-    head.check_denoiser(backbone.denoiser)
+    head.check_taps(backbone.tap_channels, backbone.time_embed_dim)
     set_scheduler(backbone.pipeline, cfg.scheduler)
     target, prompts = read_controls(cfg, backbone)
     guidance = instantiate(cfg.guidance)(terms=[GuidanceTerm(head, target)])
@@ -66,6 +66,7 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="sample")
 @clear_errors
 def main(cfg: DictConfig) -> None:
+    """Samples into Hydra's run folder."""
     sample(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 

@@ -100,7 +100,7 @@ class Sample:
             latent = _from_npy(raw[member])
         except KeyError as error:
             found = sorted(name for name in raw if not name.startswith("__"))
-            raise DataError(f"{shard}: sample {key} has no {error} (looked for {member}, members: {found})") from error
+            raise DataError(f"{shard} is truncated or not ours: sample {key} has no {error}, only {found}") from error
         except Exception as error:  # a damaged file may fail anywhere inside its decoder
             raise DataError(f"{shard}: {member} of sample {key} cannot be used: {error}") from error
         return cls(int(key), image, label, keypoints, latent, *words)

@@ -36,7 +36,12 @@ def set_scheduler(pipe: Any, name: str) -> None:
 
 
 def generate(
-    pipe: Any, prompts: Sequence[str], *, seeds: Sequence[int], guidance: ReadoutGuidance | None = None, **arguments: Any
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    guidance: ReadoutGuidance | None = None,
+    **arguments: Any,
 ) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1]. Picture i depends on prompts[i] and seeds[i], not on its neighbours.
 

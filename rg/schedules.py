@@ -49,6 +49,11 @@ def noise_to_output(delta: Tensor, prediction_type: str, abar: Tensor) -> Tensor
     return delta / abar.sqrt() if abar > 0 else torch.zeros_like(delta)
 
 
+def output_to_noise(output: Tensor, x_t: Tensor, prediction_type: str, abar: Tensor) -> Tensor:
+    """The noise prediction in a model's output at x_t: eps = sqrt(abar) v + sqrt(1 - abar) x_t."""
+    return output if prediction_type == "epsilon" else abar.sqrt() * output + (1 - abar).sqrt() * x_t
+
+
 @contextmanager
 def moved_samples(scheduler: Any, take_move: Callable[[], Tensor | None]) -> Iterator[None]:
     """Adds `take_move()` to the sample of every scheduler step inside the context."""

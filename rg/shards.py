@@ -56,8 +56,11 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Writes `folder`/manifest.json, whole or not at all, with the total of samples beside the fields."""
+        content = {"samples": len(self.indices()), **asdict(self)}
+        for name in ("shards", "skipped"):
+            content[name] = dict(sorted(content[name].items()))
         temporary = folder / "manifest.json.tmp"
-        temporary.write_text(json.dumps({"samples": len(self.indices()), **asdict(self)}, indent=1) + "\n")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
         temporary.replace(folder / "manifest.json")
 
     def indices(self) -> list[int]:
@@ -87,11 +90,11 @@ def read_shard(path: Path, shard: Mapping[str, int]) -> Iterator[dict[str, Any]]
             for raw in raws:
                 key = raw["__key__"]
                 if not re.fullmatch(r"\d{8}", key):
-                    raise DataError(f"{path}: expected keys of eight digits, found {key!r}")
+                    raise ValueError(f"expected keys of eight digits, found {key!r}")
                 if int(key) < shard["stop"]:
                     count += 1
                     yield raw
-        except (OSError, tarfile.TarError, EOFError) as error:
+        except (OSError, EOFError, ValueError, tarfile.TarError) as error:
             raise DataError(f"{path} is truncated or damaged after {count} of {expected} samples: {error}") from error
     if count != expected:
         raise DataError(f"{path} is truncated: expected {expected} samples, found {count}")
@@ -108,9 +111,8 @@ def read_samples(folder: Path, manifest: Manifest, wanted: Sequence[int]) -> lis
         if missing.isdisjoint(range(shard["start"], shard["stop"])):
             continue
         for raw in read_shard(folder / name, shard):
-            sample = Sample.decode(raw, folder / name)
-            if sample.index in missing:
-                found[sample.index] = sample
+            if int(raw["__key__"]) in missing:
+                found[int(raw["__key__"])] = Sample.decode(raw, folder / name)
     missing -= found.keys()
     if missing:
         raise DataError(f"{folder}: the shards lack sample {min(missing):08d}, which the manifest counts")

@@ -31,6 +31,7 @@ def train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
     if checkpoint.is_file():
         log.info("resuming %s", checkpoint)
     trainer.fit(head, data, ckpt_path=str(checkpoint) if checkpoint.is_file() else None, weights_only=True)
+    trainer.save_checkpoint(checkpoint)
     if trainer.is_global_zero:
         head.save_pretrained(run_dir / "head")
         point_latest(run_dir)
@@ -41,6 +42,7 @@ def train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 @clear_errors
 def main(cfg: DictConfig) -> None:
+    """Trains in Hydra's run folder."""
     train(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 

@@ -8,11 +8,16 @@ os.environ["WANDB_SILENT"] = "true"
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from rg.heads import SpatialHead
+from rg.hooks import taps
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,5 +119,25 @@ def tiny_pipeline(tokenizer: CLIPTokenizer) -> Callable[..., StableDiffusionPipe
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    return build
+
+
+@pytest.fixture
+def tiny_head() -> Callable[..., SpatialHead]:
+    """Makes frozen SpatialHeads with random weights for a denoiser's taps: `tiny_head(pipe.unet, variant="rgb", seed=1)`.
+
+    Their readouts have two cells per latent cell: (B, 3 or 18, 16, 16) for a tiny pipeline.
+    """
+
+    def build(denoiser: nn.Module, *, seed: int = 0, **hyperparameters: Any) -> SpatialHead:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            head = SpatialHead(
+                tap_channels=[tap.out_channels for tap in taps(denoiser).values()],
+                time_embed_dim=denoiser.time_embedding.linear_2.out_features,
+                **{"projection_dim": 16, "norm_groups": 2, "hidden_channels": 8, "output_scale": 2} | hyperparameters,
+            )
+        return head.eval().requires_grad_(False)
 
     return build

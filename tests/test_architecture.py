@@ -20,10 +20,10 @@ SHARDS = {"rg.points", "rg.samples", "rg.shards"}
 KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/points.py": (set(), {"torch"}),
     "rg/hooks.py": (set(), {"torch", "diffusers", "transformers", "safetensors"}),
-    "rg/backbone.py": ({"rg.hooks"}, {"torch", "diffusers", "transformers", "safetensors"}),
-    "rg/aggregation.py": (set(), {"torch"}),  # a part of readout
-    "rg/readout.py": ({"rg.aggregation"}, {"torch", "lightning", "safetensors"}),
-    "rg/heads/*.py": ({"rg.readout", "rg.points", "rg.heads"}, ANY),
+    "rg/backbone.py": ({"rg.hooks", "rg.models"}, {"torch", "diffusers", "transformers", "safetensors"}),
+    "rg/aggregation.py": ({"rg.points"}, {"torch"}),  # a part of readout
+    "rg/readout.py": ({"rg.aggregation", "rg.models"}, {"torch", "lightning", "safetensors"}),
+    "rg/heads/*.py": ({"rg.readout", "rg.points", "rg.metrics", "rg.models", "rg.heads"}, ANY),
     "rg/targets.py": ({"rg.points"}, ANY),
     "rg/guidance.py": (GUIDANCE, ANY),
     "rg/guided_step.py": (GUIDANCE, ANY),  # this and schedules are parts of guidance
@@ -35,6 +35,8 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/detectors.py": ({"rg.points"}, ANY),
     "rg/models/*.py": (set(), set()),
     "rg/runs.py": ({"rg"}, ANY),
+    "rg/sampling.py": ({"rg"}, ANY),  # this and evaluation do the work of their commands
+    "rg/evaluation.py": ({"rg"}, ANY),
     "rg/callbacks.py": ({"rg"}, ANY),
     "rg/train.py": ({"rg"}, ANY),
     "rg/sample.py": ({"rg"}, ANY),

@@ -20,14 +20,31 @@ FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"
 WORLDS = sorted(path.stem for path in CONF.glob("world/*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
 RECIPES = sorted(path.stem for path in CONF.glob("recipe/*.yaml"))
+INSTRUCTIONS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+# Arguments that rg.train reads off the backbone and gives to the head itself.
+GIVEN = ("tap_channels", "time_embed_dim")
 # config: the module of its command, which registers what the config interpolates.
 COMMANDS = {"train": "rg.train", "sample": "rg.sample", "evaluate": "rg.evaluate", "prepare": "data_prep.prepare"}
+
+
+def command(file: str) -> tuple[str | None, str | None]:
+    """The module and the make target in the comment on top of a yaml: one of the two, or neither."""
+    lines = (CONF / file).read_text(encoding="utf-8").splitlines()
+    found = re.match(r"# .*?(?:python -m ([\w.]+)|make ([a-z-]+))", lines[lines[0].startswith("# @package")])
+    return (found[1], found[2]) if found else (None, None)
+
+
+def config_of(experiment: str) -> str:
+    """The config that an experiment extends: that of the command on top of it, else train's."""
+    module, _ = command(f"experiment/{experiment}.yaml")
+    return next((config for config, owner in COMMANDS.items() if owner == module), "train")
+
+
 RUNS = [
-    *(("train", [f"+experiment={name}", f"world={world}"]) for name in EXPERIMENTS for world in WORLDS),
+    *((config_of(name), [f"+experiment={name}", f"world={world}"]) for name in EXPERIMENTS for world in WORLDS),
     *(("prepare", [f"+recipe={name}"]) for name in RECIPES),
     *((name, [f"world={world}"]) for name in ("sample", "evaluate") for world in WORLDS),
 ]
-INSTRUCTIONS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
 def calls(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -42,14 +59,30 @@ def calls(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
             yield from calls(value, f"{path}[{index}]")
 
 
+def signature_of(target: Any) -> inspect.Signature:
+    """The signature of a callable; where a class passes **keywords on to its base, the base's own keywords."""
+    signature = inspect.signature(target)
+    parameters = dict(signature.parameters)
+    for base in inspect.getmro(target)[1:] if inspect.isclass(target) else ():
+        rest = [name for name, parameter in parameters.items() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
+        if not rest or base is object:
+            break
+        if "__init__" in vars(base):
+            del parameters[rest[0]]
+            inherited = list(inspect.signature(base).parameters.items())
+            parameters |= {name: parameter for name, parameter in inherited if name not in parameters}
+    return signature.replace(parameters=sorted(parameters.values(), key=lambda parameter: parameter.kind))
+
+
 def misfits(node: Any) -> list[str]:
     """What does not bind to the signature it calls, as "path: target: reason"."""
     found = []
     for path, call in calls(node):
         target = call["_target_"]
         try:
-            signature = inspect.signature(get_object(target))
-            keys = {key: value for key, value in call.items() if key not in INSTRUCTIONS}
+            signature = signature_of(get_object(target))
+            given = {name: None for name in GIVEN if name in signature.parameters}
+            keys = given | {key: value for key, value in call.items() if key not in INSTRUCTIONS}
             bind = signature.bind_partial if call.get("_partial_") else signature.bind
             bind(*call.get("_args_", ()), **keys)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
@@ -78,13 +111,11 @@ def test_there_are_configs() -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_comment_on_top_is_a_command(file: str) -> None:
-    lines = (CONF / file).read_text(encoding="utf-8").splitlines()
     # Hydra reads `# @package` above every other comment only; further down it is ignored without a word.
-    rest = lines[1:] if lines[0].startswith("# @package") else lines
-    assert not [line for line in rest if re.match(r"\s*#\s*@package", line)], "expected # @package in the first line"
-    command = re.match(r"# .*?(?:python -m ([\w.]+)|make ([a-z-]+))", rest[0])
-    assert command, f"expected '# python -m ...' or '# make ...' on top (below # @package), got {rest[0]!r}"
-    module, target = command.groups()
+    _, *below = (CONF / file).read_text(encoding="utf-8").splitlines()
+    assert not [line for line in below if re.match(r"\s*#\s*@package", line)], "expected # @package in the first line"
+    module, target = command(file)
+    assert module or target, "expected '# python -m ...' or '# make ...' on top (below # @package)"
     if module:
         assert find_spec(module), f"no module {module}"
     else:
@@ -104,4 +135,6 @@ def test_run_composes(config: str, overrides: list[str]) -> None:
 def test_misfits_are_found() -> None:
     node = {"a": [{"_target_": "torch.nn.Linear", "in_features": 1, "out_feature": 2}], "b": {"_target_": "torch.no"}}
     assert [line.split(": ")[0] for line in misfits(node)] == ["a[0]", "b"]
+    head = {"_target_": "rg.heads.spatial.SpatialHead", "_partial_": True, "projection_dims": 8}  # passes keywords on
+    assert "projection_dims" in misfits(head)[0]
     assert not misfits({"_target_": "torch.nn.Linear", "_partial_": True, "in_features": "${width}"})

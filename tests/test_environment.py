@@ -22,6 +22,7 @@ DEV = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
 INDIRECT = {
     "accelerate": "diffusers loads and offloads models with it",
     "transformers": "the text encoders of diffusers' pipelines",
+    "wandb": "lightning's WandbLogger, which conf/logger names",
 }
 # A CUDA build of torch pins these itself.
 CUDA = re.compile(r"cuda-|nvidia-|triton")

@@ -22,7 +22,7 @@ class SpatialHead(ReadoutHead):
 
     Args:
         variant: "rgb" (the paper's) or "keypoints".
-        control_range: values of black and white in the "rgb" readout; (-0.5, 0.5) for pose and edges, (-1, 1) for depth.
+        control_range: black and white in the "rgb" readout; (-0.5, 0.5) for pose and edges, (-1, 1) for depth.
         sparse: balance background and foreground in the loss (pose, edges), or take a plain mean (depth).
         sparse_energy: the same for the guidance energy; the authors guide with a plain mean.
         sigma: radius of a heatmap's bump, in readout cells.
@@ -70,7 +70,9 @@ class SpatialHead(ReadoutHead):
             ValueError: the control has another shape or size, or the variant cannot be made from it.
         """
         if control.ndim != 4:
-            raise ValueError(f"control: expected (B,3,H,W) pictures or (B,P,18,3) keypoints, got {tuple(control.shape)}")
+            raise ValueError(
+                f"control: expected (B,3,H,W) pictures or (B,P,18,3) keypoints, got {tuple(control.shape)}"
+            )
         is_keypoints = control.shape[-2:] == (len(KEYPOINTS), 3)
         if self.hparams.variant == "keypoints":
             if not is_keypoints:
@@ -83,7 +85,9 @@ class SpatialHead(ReadoutHead):
             stroke = image_size[1] / readout_size[1]
             picture = draw_skeletons(control, image_size, image_size, stroke)
         elif control.shape[1:] != (3, *image_size):
-            raise ValueError(f"control: expected pictures (B,3,{image_size[0]},{image_size[1]}), got {tuple(control.shape)}")
+            raise ValueError(
+                f"control: expected pictures (B,3,{image_size[0]},{image_size[1]}), got {tuple(control.shape)}"
+            )
         else:
             picture = (control + 1) / 2
         low, high = self.hparams.control_range

@@ -1,0 +1,241 @@
+import json
+import multiprocessing
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+
+from data_prep.prepare import build, main
+from rg.backbone import DiffusionBackbone
+from rg.samples import DataError
+from rg.shards import Manifest, read_shards
+
+BAD = 5  # the picture that cannot be read
+
+
+@pytest.fixture
+def model(tiny_pipeline, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "tiny_model"
+    if not folder.is_dir():
+        tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, model):
+    """Forty pictures of 32 x 40 with skeletons as JSON; one picture is damaged, one has no label."""
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        Image.fromarray(rng.integers(256, size=(32, 40, 3), dtype=np.uint8)).save(
+            tmp_path / f"pictures/{number:02}.png"
+        )
+        keypoints = np.concatenate([rng.uniform(0, 32, (1, 18, 2)), np.ones((1, 18, 1))], -1)
+        (tmp_path / f"labels/{number:02}.json").write_text(json.dumps({"keypoints": keypoints.tolist()}))
+    (tmp_path / f"pictures/{BAD:02}.png").write_bytes(b"no picture")
+    (tmp_path / "labels/12.json").unlink()
+    shares = {"validation_share": 0.0, "test_share": 0.0}
+    folder = {"_target_": "data_prep.sources.FolderSource", "path": str(tmp_path / "pictures"), "resolution": 32}
+    return {
+        "source": {**folder, **shares},
+        "annotator": {"_target_": "data_prep.annotators.files.FileLabels", "path": str(tmp_path / "labels")},
+        "backbone": {"_target_": "rg.backbone.DiffusionBackbone.from_pretrained", "path": str(model)},
+        "shard_size": 10,
+    }
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_shards_hold_what_was_asked_for(tmp_path, recipe, model):
+    manifest = build(root=str(tmp_path / "out"), n=25, **recipe)
+    folder = tmp_path / "out" / "train"
+    assert sorted(path.name for path in folder.glob("*.*")) == [
+        ".lock",
+        "manifest.json",
+        "shard-000000.tar",
+        "shard-000001.tar",
+        "shard-000002.tar",
+    ]
+    samples = read_shards(folder, autoencoder_id=DiffusionBackbone.from_pretrained(str(model)).autoencoder_id)
+    assert samples.index.tolist() == manifest.indices() == [i for i in range(25) if i not in (BAD, 12)]
+    mean, std = DiffusionBackbone.from_pretrained(str(model)).encode(samples.image[:3] / 127.5 - 1)
+    torch.testing.assert_close(samples.latent[:3].float(), torch.cat([mean, std], 1), rtol=2e-3, atol=2e-3)
+    picture = np.array(Image.open(tmp_path / "pictures/04.png"))[:, 4:36]
+    assert torch.equal(samples.image[4], torch.from_numpy(picture).permute(2, 0, 1))
+
+
+def test_manifest_counts_and_names_everything(tmp_path, recipe):
+    build(root=str(tmp_path / "out"), n=25, **recipe)
+    manifest = json.loads((tmp_path / "out/train/manifest.json").read_text())
+    assert manifest["samples"] == 23 and manifest["split"] == "train"
+    assert set(manifest["skipped"]) == {"00000005", "00000012"}
+    assert manifest["skipped"]["00000005"].startswith("05.png cannot be read")
+    assert manifest["skipped"]["00000012"].startswith("12.png has no label")
+    assert manifest["shards"]["shard-000002.tar"] == {"start": 20, "stop": 25, "samples": 5}
+    assert manifest["settings"]["pictures"]["crop"] == "centre square"
+    assert manifest["settings"]["pictures"]["resolution"] == 32
+    assert manifest["settings"]["source"]["path"] == str(tmp_path / "pictures")
+    assert len(manifest["autoencoder_id"]) == 16 and {"torch", "diffusers"} <= set(manifest["versions"])
+
+
+def test_second_run_writes_nothing(tmp_path, recipe):
+    build(root=str(tmp_path / "out"), n=25, **recipe)
+    folder = tmp_path / "out/train"
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.glob("[!.]*")}
+    build(root=str(tmp_path / "out"), n=25, **recipe)
+    build(root=str(tmp_path / "out"), n=3, **recipe)
+    assert before == {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.glob("[!.]*")}
+
+
+def test_extending_gives_the_bytes_of_the_whole_and_keeps_finished_shards(tmp_path, recipe):
+    build(root=str(tmp_path / "whole"), n=None, **recipe)
+    build(root=str(tmp_path / "parts"), n=13, **recipe)
+    first = tmp_path / "parts/train/shard-000000.tar"
+    written = first.stat().st_mtime_ns
+    for n in (14, 40):
+        build(root=str(tmp_path / "parts"), n=n, **recipe)
+    assert first.stat().st_mtime_ns == written
+    assert contents(tmp_path / "parts/train") == contents(tmp_path / "whole/train")
+
+
+def test_shard_that_was_taken_away_is_made_again(tmp_path, recipe):
+    build(root=str(tmp_path / "out"), n=30, **recipe)
+    before = contents(tmp_path / "out/train")
+    (tmp_path / "out/train/shard-000001.tar").unlink()
+    build(root=str(tmp_path / "out"), n=30, **recipe)
+    assert contents(tmp_path / "out/train") == before
+
+
+def build_alone(arguments):
+    torch.set_num_threads(1)
+    build(**arguments)
+
+
+def kill_when(ready, arguments):
+    """Runs `build` in another process and kills it with SIGKILL as soon as `ready()`."""
+    process = multiprocessing.get_context("fork").Process(target=build_alone, args=(arguments,))
+    process.start()
+    end = time.monotonic() + 60
+    while not ready():
+        assert process.is_alive() and time.monotonic() < end
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -9
+
+
+def test_killed_while_writing_then_continued(tmp_path, recipe):
+    recipe["shard_size"] = 4
+    build(root=str(tmp_path / "whole"), n=40, **recipe)
+    arguments = {"root": str(tmp_path / "killed"), "n": 40, **recipe}
+    folder = tmp_path / "killed/train"
+    for name in ("shard-000000.tar.tmp", "shard-000004.tar.tmp"):
+        kill_when((folder / name).exists, arguments)
+        if (folder / "manifest.json").is_file():
+            found = Manifest.read(folder).indices()
+            assert len(found) < 38 and read_shards(folder).index.tolist() == found
+    build(**arguments)
+    assert contents(folder) == contents(tmp_path / "whole/train")
+
+
+def test_killed_between_the_shard_and_the_manifest(tmp_path, recipe):
+    build(root=str(tmp_path / "out"), n=14, **recipe)
+    manifest = Manifest.read(tmp_path / "out/train")
+    build(root=str(tmp_path / "out"), n=20, **recipe)
+    whole = contents(tmp_path / "out/train")
+    manifest.write(tmp_path / "out/train")
+    assert read_shards(tmp_path / "out/train").index.tolist() == manifest.indices()
+    build(root=str(tmp_path / "out"), n=20, **recipe)
+    assert contents(tmp_path / "out/train") == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shard_size": 20}, "shard_size = 10, asked for is 20"),
+        ({"source": {"seed": 1}}, "source.seed = None, asked for is 1"),
+        ({"annotator": {"line_width": 3.0}}, "annotator.line_width = None, asked for is 3.0"),
+    ],
+)
+def test_other_settings_are_refused_before_any_work(tmp_path, recipe, change, words):
+    build(root=str(tmp_path / "out"), n=10, **recipe)
+    before = contents(tmp_path / "out/train")
+    changed = OmegaConf.to_container(OmegaConf.merge(recipe, change))
+    with pytest.raises(DataError, match=f"out/train was made with {words}: choose another root"):
+        build(root=str(tmp_path / "out"), n=20, **changed)
+    assert contents(tmp_path / "out/train") == before
+
+
+def test_another_autoencoder_is_refused(tmp_path, recipe, tiny_pipeline):
+    build(root=str(tmp_path / "out"), n=10, **recipe)
+    tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    recipe["backbone"]["path"] = str(tmp_path / "other")
+    with pytest.raises(DataError, match=r"was made with autoencoder_id = '\w{16}', asked for is '\w{16}'"):
+        build(root=str(tmp_path / "out"), n=10, **recipe)
+
+
+def test_more_pictures_in_the_folder_are_refused(tmp_path, recipe):
+    build(root=str(tmp_path / "out"), n=10, **recipe)
+    Image.new("RGB", (32, 32)).save(tmp_path / "pictures/00a.png")
+    with pytest.raises(DataError, match=r"pictures\.file_names"):
+        build(root=str(tmp_path / "out"), n=20, **recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"split": "dev"}, "split: expected one of train, val, search, test, got 'dev'"),
+        ({"n": 41}, "n: expected 1 to 40 pictures of split train, got 41"),
+        ({"n": 0}, "n: expected 1 to 40"),
+        ({"split": "val"}, "n: expected 1 to .* of split val, got 0"),
+    ],
+)
+def test_bad_requests_leave_nothing_behind(tmp_path, recipe, change, words):
+    with pytest.raises(DataError, match=words):
+        build(root=str(tmp_path / "out"), **recipe | change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_resolution_must_be_the_backbones(tmp_path, recipe):
+    recipe["source"]["resolution"] = 64
+    with pytest.raises(DataError, match=r"source.resolution: expected the backbone's \(32, 32\), got 64"):
+        build(root=str(tmp_path / "out"), **recipe)
+
+
+def test_recipe_of_the_embedded_world(tmp_path, root, monkeypatch):
+    monkeypatch.chdir(root)
+    builder = instantiate(OmegaConf.load(root / "conf/recipe/marionette_pose.yaml"))
+    with pytest.raises(DataError, match="n: the source is endless"):
+        builder(root=str(tmp_path))
+    builder(root=str(tmp_path), split="val", n=3)
+    samples = read_shards(tmp_path / "val")
+    assert samples.image.shape == samples.label.shape == (3, 3, 64, 64)
+    assert samples.keypoints.shape == (3, 1, 18, 3) and samples.latent.shape == (3, 8, 16, 16)
+    assert all(words.startswith("a person in a ") for words in samples.prompt)
+
+
+def run_command(monkeypatch, root, *words):
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "argv", ["prepare", *words])
+    main()
+
+
+def test_command(tmp_path, root, monkeypatch, capsys):
+    before = sorted(root.glob("*"))
+    words = "+recipe=marionette_pose", f"root={tmp_path}", "split=test"
+    run_command(monkeypatch, root, *words, "n=2")
+    assert f"{tmp_path}/test: 2 samples, 0 skipped (manifest.json)" in capsys.readouterr().out
+    assert len(read_shards(tmp_path / "test")) == 2
+    with pytest.raises(SystemExit, match=f"error: {tmp_path}/test was made with source.seed = 0, asked for is 1"):
+        run_command(monkeypatch, root, *words, "n=2", "recipe.source.seed=1")
+    with pytest.raises(SystemExit, match="recipe: expected one, for example"):
+        run_command(monkeypatch, root)
+    assert sorted(root.glob("*")) == before, "Hydra leaves no files"
