@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -82,9 +83,9 @@ def crop_box(size: Size) -> tuple[int, int, int]:
 def crop_picture(picture: Image.Image, resolution: int) -> Tensor:
     """The centre square, resized by area: (3, resolution, resolution) uint8."""
     left, top, side = crop_box((picture.height, picture.width))
-    square = picture.crop((left, top, left + side, top + side))
-    square = square.resize((resolution, resolution), Image.Resampling.BOX)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    square = np.asarray(picture)[top : top + side, left : left + side]
+    resized = cv2.resize(square, (resolution, resolution), interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(resized).permute(2, 0, 1)
 
 
 def crop_points(keypoints: Tensor, size: Size, resolution: int) -> Tensor:

@@ -85,7 +85,7 @@ class MixingWeights(_Figures):
     def on_validation_end(self, trainer: Trainer, head: ReadoutHead) -> None:
         if not trainer.is_global_zero:
             return
-        weights = head.aggregation.mixing_weights.detach().softmax(0).cpu()
+        weights = head.aggregation.mixing_weights.detach().softmax(0).tolist()
         figure, axis = plt.subplots(figsize=(4, 2.2))
         axis.bar([str(i) for i in range(len(weights))], weights)
         axis.set_xlabel("tap, coarse to fine")

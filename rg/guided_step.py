@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rg.hooks import embed_time, predict, take_rows
-from rg.schedules import alpha_bar, noise_to_output
+from rg.schedules import alpha_bar, noise_to_output, output_to_noise
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,17 @@ class GuidedRun:
             x = sample[rows].detach().requires_grad_()
             prediction = predict(self.pipe.unet, x, timestep, forward=forward, **guided_inputs)
             energy, readouts = self._energy(prediction.features, x, timestep, images)
+            self._check_finite("energy", energy, timestep)
             (gradient,) = torch.autograd.grad(energy.sum(), x)
         output = prediction.output.detach()
         gradient = gradient.unflatten(0, (-1, images)).sum(0)
-        self._check_finite(step, timestep, energy, gradient)
+        self._check_finite("gradient", gradient, timestep)
         if guidance.update == "adam":
             delta = self.move = -guidance.learning_rate * gradient / (gradient.abs() + 1e-8)
             sample = sample + delta.repeat(len(sample) // images, 1, 1, 1)
             output = forward(sample, timestep, return_dict=False, **inputs)[0]
         else:
-            delta = self._output_change(gradient, output, timestep)
+            delta = self._output_change(gradient, output[:images], x.detach()[:images], timestep)
             if not shared:
                 output = forward(sample, timestep, return_dict=False, **inputs)[0]
             elif len(output) < len(sample):
@@ -111,19 +112,23 @@ class GuidedRun:
             if self.guidance.latent_range_factor:
                 span = (x.detach().flatten(1).amax(1) - x.detach().flatten(1).amin(1)).float()
                 energy = energy * (span / getattr(term.head, "readout_span", 1.0)) ** 2
+            if energy.shape != total.shape:
+                raise ValueError(f"head: expected one energy per row, {tuple(total.shape)}, got {tuple(energy.shape)}")
             total = total + term.weight * energy
             readouts.append(readout.detach())
         return total, readouts
 
-    def _output_change(self, gradient: Tensor, output: Tensor, timestep: Tensor) -> Tensor:
+    def _output_change(self, gradient: Tensor, output: Tensor, x: Tensor, timestep: Tensor) -> Tensor:
         """The score rule: readout_scale * sqrt(1 - abar_t) * gradient, in the model's own prediction type."""
-        if self.guidance.normalize == "rms":
-            size = gradient.flatten(1).square().mean(1).sqrt().clamp_min(1e-12)
-            reference = output[: len(gradient)].flatten(1).square().mean(1).sqrt()
-            gradient = gradient * (reference / size).view(-1, 1, 1, 1)
+        prediction_type = self.pipe.scheduler.config.prediction_type
         abar = alpha_bar(self.pipe.scheduler, timestep).to(gradient)
+        if self.guidance.normalize == "rms":
+            noise = output_to_noise(output, x, prediction_type, abar)
+            size = gradient.flatten(1).square().mean(1).sqrt().clamp_min(1e-12)
+            reference = noise.flatten(1).square().mean(1).sqrt()
+            gradient = gradient * (reference / size).view(-1, 1, 1, 1)
         delta = self.guidance.readout_scale * (1 - abar).sqrt() * gradient
-        return noise_to_output(delta, self.pipe.scheduler.config.prediction_type, abar)
+        return noise_to_output(delta, prediction_type, abar)
 
     def _complete(
         self, output: Tensor, rows: slice, forward: Callable[..., Any], sample: Tensor, timestep: Tensor, inputs: Any
@@ -134,12 +139,11 @@ class GuidedRun:
         rest = forward(sample[others], timestep, return_dict=False, **take_rows(inputs, others, batch))[0]
         return torch.cat([output, rest] if rows.start == 0 else [rest, output])
 
-    def _check_finite(self, step: int, timestep: Tensor, energy: Tensor, gradient: Tensor) -> None:
-        for name, value in (("energy", energy), ("gradient", gradient)):
-            bad = (~value.flatten(1).isfinite().all(1) if value.ndim > 1 else ~value.isfinite()).nonzero().flatten()
-            if len(bad):
-                where = f"guidance step {step} (t={timestep.item():g})"
-                raise FloatingPointError(f"{where}: {name} is not finite for rows {bad.tolist()}")
+    def _check_finite(self, name: str, value: Tensor, timestep: Tensor) -> None:
+        bad = [row for row, part in enumerate(value.isfinite()) if not part.all()]
+        if bad:
+            where = f"guidance step {self.step - 1} (t={timestep.item():g})"
+            raise FloatingPointError(f"{where}: {name} is not finite for rows {bad}")
 
     def _record(
         self,

@@ -14,6 +14,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 HOOK_NAME = "readout_guidance"
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def hooked(denoiser: nn.Module, call: Callable[..., Tensor], *, checkpointing: b
         raise RuntimeError("guidance is attached to this pipeline already; leave that context first")
     own_forward = denoiser.__dict__.get("forward")
     trainable = [p for p in denoiser.parameters() if p.requires_grad]
-    checkpointed = {m: m.gradient_checkpointing for m in denoiser.modules() if hasattr(m, "gradient_checkpointing")}
+    checkpointed = {m: {k: v for k, v in vars(m).items() if k in CHECKPOINTING} for m in denoiser.modules()}
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     registry.register_hook(_DenoiserHook(call), HOOK_NAME)
     try:
@@ -153,4 +154,6 @@ def hooked(denoiser: nn.Module, call: Callable[..., Tensor], *, checkpointing: b
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module, state in checkpointed.items():
-            module.gradient_checkpointing = state
+            for name in CHECKPOINTING:
+                vars(module).pop(name, None)
+            vars(module).update(state)

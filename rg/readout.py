@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 from lightning import LightningModule
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -166,7 +167,12 @@ class ReadoutHead(LightningModule):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Loads a head saved by `save_pretrained`, or a shipped one by its name: frozen, float32, evaluation mode."""
+        """Loads a head saved by `save_pretrained`, or a shipped one by its name: frozen, float32, evaluation mode.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or a file is missing from it.
+            ValueError: it holds a head of another class, or tensors that are damaged or do not fit.
+        """
         folder = locate(folder, "heads")
         record_path = folder / "head.json"
         if not record_path.is_file():
@@ -175,6 +181,9 @@ class ReadoutHead(LightningModule):
         if record["class"] != cls.__name__:
             raise ValueError(f"head {folder}: expected a {cls.__name__}, found a {record['class']}")
         head = cls(**record["hyperparameters"])
-        tensors = load_file(folder / "head.safetensors")
-        head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        try:
+            tensors = load_file(folder / "head.safetensors")
+            head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"head {folder}: head.safetensors cannot be used: {error}") from error
         return head.eval().requires_grad_(False)

@@ -74,7 +74,7 @@ def load_control(path: str | Path, image_size: Size) -> Tensor | Image.Image:
         record = json.loads(path.read_text())
         keypoints = torch.tensor(record["keypoints"], dtype=torch.float32)
         size = (int(record["size"][0]), int(record["size"][1]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f'control={path}: expected {{"size": [h, w], "keypoints": [...]}}, found {error!r}') from error
     if keypoints.ndim != 3 or keypoints.shape[1:] != (len(KEYPOINTS), 3):
         raise ValueError(f"control={path}: expected keypoints (people, 18, 3), found {tuple(keypoints.shape)}")

@@ -25,17 +25,17 @@ def check_scheduler(scheduler: Any, update: str) -> None:
 
 
 def alpha_bar(scheduler: Any, timestep: Tensor) -> Tensor:
-    """abar_t of a timestep, scalar in [0, 1]; 1 / (1 + sigma^2) where the scheduler keeps sigmas.
+    """abar_t of the coming step's timestep, scalar in [0, 1]; 1 / (1 + sigma^2) where the scheduler keeps sigmas.
 
-    Sigmas come first: with Karras spacing or fractional timesteps the timestep alone does not name the noise level.
+    Sigmas come first, by the scheduler's own count of steps: fractional timesteps are in no table, and Karras spacing
+    rounds several noise levels to one timestep.
     """
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is None:
+    if not hasattr(scheduler, "sigmas"):
         return scheduler.alphas_cumprod[timestep.long().cpu()]
-    position = (scheduler.timesteps == timestep.to(scheduler.timesteps.device)).nonzero()
-    if not len(position):
-        raise ValueError(f"timestep {timestep.item()} is not among the scheduler's timesteps")
-    return 1 / (1 + sigmas[position[0, 0]] ** 2)
+    index = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
+    if index is None:
+        index = scheduler.index_for_timestep(timestep)
+    return 1 / (1 + scheduler.sigmas[index] ** 2)
 
 
 def noise_to_output(delta: Tensor, prediction_type: str, abar: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def output_to_noise(output: Tensor, x_t: Tensor, prediction_type: str, abar: Ten
 @contextmanager
 def moved_samples(scheduler: Any, take_move: Callable[[], Tensor | None]) -> Iterator[None]:
     """Adds `take_move()` to the sample of every scheduler step inside the context."""
-    step = scheduler.step
+    step, own_step = scheduler.step, vars(scheduler).get("step")
 
     def moved_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         move = take_move()
@@ -67,4 +67,7 @@ def moved_samples(scheduler: Any, take_move: Callable[[], Tensor | None]) -> Ite
     try:
         yield
     finally:
-        del scheduler.step
+        if own_step is None:
+            del scheduler.step
+        else:
+            scheduler.step = own_step

@@ -32,7 +32,7 @@ class FixedTarget:
 
     def encode(self, head: Any, *, readout_size: Size, image_size: Size, device: torch.device) -> Tensor:
         """The control on the readout's grid, by the head's own `encode_target`; made once per size and device."""
-        key = (id(head), readout_size, image_size, device)
+        key = (head, readout_size, image_size, device)
         if key not in self._encoded:
             encoded = head.encode_target(self.control, readout_size=readout_size, image_size=image_size)
             self._encoded[key] = encoded.to(device)

@@ -7,15 +7,17 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from rg.guidance import ReadoutGuidance
 from rg.heads import SpatialHead
 from rg.hooks import taps
 
@@ -102,6 +104,7 @@ def tiny_pipeline(tokenizer: CLIPTokenizer) -> Callable[..., StableDiffusionPipe
             clip_sample=False,
             set_alpha_to_one=False,
             steps_offset=1,
+            timestep_spacing="leading",
             prediction_type=prediction_type,
         )
         with torch.random.fork_rng(devices=[]):
@@ -125,7 +128,7 @@ def tiny_pipeline(tokenizer: CLIPTokenizer) -> Callable[..., StableDiffusionPipe
 
 @pytest.fixture
 def tiny_head() -> Callable[..., SpatialHead]:
-    """Makes frozen SpatialHeads with random weights for a denoiser's taps: `tiny_head(pipe.unet, variant="rgb", seed=1)`.
+    """Makes frozen SpatialHeads with random weights for a denoiser's taps: `tiny_head(pipe.unet, variant="rgb")`.
 
     Their readouts have two cells per latent cell: (B, 3 or 18, 16, 16) for a tiny pipeline.
     """
@@ -141,3 +144,32 @@ def tiny_head() -> Callable[..., SpatialHead]:
         return head.eval().requires_grad_(False)
 
     return build
+
+
+@pytest.fixture
+def denoise() -> Callable[..., Tensor]:
+    """Runs a tiny pipeline to its final latents (B, 4, 8, 8), the same start and generators at every call.
+
+    `denoise(pipe, guidance, images=3, steps=4, prompt="a person")`; other arguments are the pipeline's own.
+    """
+
+    def run(
+        pipe: StableDiffusionPipeline,
+        guidance: ReadoutGuidance | None = None,
+        *,
+        images: int = 1,
+        steps: int = 4,
+        prompt: str = "a person in a red shirt",
+        **arguments: Any,
+    ) -> Tensor:
+        generators = [torch.Generator().manual_seed(i) for i in range(images)]
+        starts = [torch.randn(1, 4, 8, 8, generator=generator) for generator in generators]
+        with guidance.attach(pipe) if guidance is not None else nullcontext():
+            return pipe(
+                [prompt] * images,
+                **{"latents": torch.cat(starts), "generator": generators, "guidance_scale": 2.0} | arguments,
+                num_inference_steps=steps,
+                output_type="latent",
+            ).images
+
+    return run

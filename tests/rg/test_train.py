@@ -1,0 +1,162 @@
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from lightning import Callback
+from omegaconf import OmegaConf
+
+from rg.backbone import DiffusionBackbone
+from rg.heads import load_head
+from rg.train import train
+
+ROOT = Path(__file__).parents[2]
+LEVELS = (50, 600)
+
+
+class Crash(Callback):
+    """Ends the process's work in the middle of an epoch, after a step whose checkpoint was not written yet."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, head, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise RuntimeError("power cut")
+
+
+def run(data, run_dir, *overrides, crash_at=None):
+    """Trains a tiny head on 12 pictures: 6 steps of 4, epochs of 4 steps, a checkpoint every third step."""
+    words = ["+experiment=pose_100", "~logger.wandb", f"run_dir={run_dir}", f"data.builder.root={data}"]
+    words += ["data.size=12", "data.val_size=4", "data.batch_size=4", "data.epoch_batches=4", "data.builder.shard_size=8"]
+    words += ["world.projection_dim=16", "world.norm_groups=2", "world.hidden_channels=8", "head.warmup_steps=1"]
+    words += [f"head.val_timesteps={list(LEVELS)}", "trainer.max_steps=6", "trainer.log_every_n_steps=1"]
+    words += ["trainer.check_val_every_n_epoch=1", "trainer.accelerator=cpu", "+trainer.enable_progress_bar=false"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", [*words, *overrides])
+    checkpoints, _, *figures = config.trainer.callbacks
+    checkpoints.every_n_train_steps = 3
+    config.trainer.callbacks = [checkpoints, *figures]
+    if crash_at:
+        config.trainer.callbacks.append({"_target_": f"{__name__}.Crash", "step": crash_at})
+    return train(config, run_dir)
+
+
+def logged(run_dir, column):
+    """Step -> value of one column, over every CSV file of a run."""
+    files = sorted(run_dir.rglob("metrics.csv"))
+    rows = [row for file in files for row in csv.DictReader(file.open())]
+    return {int(row["step"]): row[column] for row in rows if row.get(column)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    """A run of six steps; it finds no data and makes it."""
+    assert not (folder / "data").exists()
+    return run(folder / "data", folder / "whole")
+
+
+@pytest.fixture(scope="module")
+def resumed(folder, uninterrupted):
+    """The same run, broken off in its fifth step and continued from the checkpoint of the third."""
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(folder / "data", folder / "parts", crash_at=5)
+    assert not (folder / "parts" / "head").exists()
+    saved = torch.load(folder / "parts/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+    return run(folder / "data", folder / "parts")
+
+
+def test_missing_pictures_are_made(folder, uninterrupted):
+    made = {path.name for path in (folder / "data").rglob("*.tar")}
+    assert {path.name for path in (folder / "data").iterdir()} == {"train", "val"} and made
+
+
+def test_a_run_leaves_a_head_that_works(folder, uninterrupted):
+    head = load_head(folder / "whole" / "head")
+    for name, tensor in uninterrupted.state_dict().items():
+        assert torch.equal(head.state_dict()[name], tensor), name
+    backbone = DiffusionBackbone.from_pretrained("marionette")
+    readout = head.attach_backbone(backbone).read(*torch.randn(2, 1, 4, 16, 16), torch.tensor([300]))
+    assert readout.shape == (1, 18, 32, 32) and readout.isfinite().all()
+    assert (folder / "latest").resolve() == folder / "whole"
+
+
+def test_a_checkpoint_is_small_and_safe_to_load(folder, uninterrupted):
+    saved = torch.load(folder / "whole/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 6
+    assert set(saved["state_dict"]) == set(uninterrupted.state_dict())
+    assert [path.name for path in (folder / "whole/checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_validation_is_logged_for_every_noise_level(folder, uninterrupted):
+    for level in LEVELS:
+        for column in (f"val/loss_t{level}", f"val/pck@0.05_t{level}", f"val/pck@0.1_t{level}"):
+            values = logged(folder / "whole", column)
+            assert list(values) == [3], column  # after the only whole epoch, of four steps
+            assert 0 <= float(values[3]) < 2
+    assert {path.name for path in (folder / "whole/pictures").iterdir()} == {
+        "readouts-000004.png",
+        "mixing_weights-000004.png",
+    }
+
+
+def test_resumed_equals_uninterrupted(folder, uninterrupted, resumed):
+    for name, tensor in uninterrupted.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    for column in ("train/loss", *(f"val/loss_t{level}" for level in LEVELS)):
+        assert logged(folder / "parts", column) == logged(folder / "whole", column), column
+    assert list(logged(folder / "whole", "train/loss")) == [0, 1, 2, 3, 4, 5]
+
+
+def test_resuming_a_finished_run_changes_nothing(folder, resumed):
+    before = logged(folder / "parts", "train/loss")
+    again = run(folder / "data", folder / "parts")
+    for name, tensor in resumed.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert logged(folder / "parts", "train/loss") == before
+
+
+def test_another_seed_is_another_run(folder, uninterrupted):
+    other = run(folder / "data", folder / "other", "seed=1", "trainer.max_steps=1")
+    assert logged(folder / "other", "train/loss")[0] != logged(folder / "whole", "train/loss")[0]
+    assert other.hparams.seed == 1
+
+
+def test_a_head_trained_for_another_backbone_is_refused_before_work(folder, uninterrupted):
+    with pytest.raises(ValueError, match="norm_groups"):
+        run(folder / "data", folder / "none", "world.norm_groups=3")
+    assert not (folder / "none").exists()
+
+
+def command(*words, cwd):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    line = [sys.executable, "-m", "rg.train", f"hydra.run.dir={cwd}/run", *words]
+    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["+experiment=nothing"], "experiment/nothing"),
+        (["+experiment=pose_100", "data.sizes=3"], "sizes"),
+        (["+experiment=pose_100", "world.norm_groups=3"], "error: norm_groups: expected a divisor of"),
+        (["+experiment=pose_100", "data.size=0"], "error: expected at least 1, got 0, change `size=...`"),
+    ],
+)
+def test_bad_input_is_named_on_the_command_line(tmp_path, words, expected):
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode != 0
+    assert expected in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.strip().count("\n") < 6 or "Available options" in done.stderr, done.stderr
