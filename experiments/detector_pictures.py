@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm, trange
 
 from data_prep.marionette import render, render_scenes
-from data_prep.marionette_scene import draw_scene
+from data_prep.marionette.scene import draw_scene
 from rg.backbone import DiffusionBackbone
 from rg.detectors import MIRROR
 from rg.metrics import box_side

@@ -42,6 +42,13 @@ def picture_grid(rows: dict[str, Tensor], side: int = 96) -> Any:
     return figure
 
 
+def finish_wandb(trainer: Trainer) -> None:
+    """Ends the W&B run, so that the next job of a sweep in this process starts one of its own."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+
+
 class _Figures(Callback):
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -87,7 +94,7 @@ class MixingWeights(_Figures):
             return
         weights = head.aggregation.mixing_weights.detach().softmax(0).tolist()
         figure, axis = plt.subplots(figsize=(4, 2.2))
-        axis.bar([str(i) for i in range(len(weights))], weights)
+        axis.bar(range(len(weights)), weights)
         axis.set_xlabel("tap, coarse to fine")
         axis.set_ylabel("mixing weight")
         self._publish(trainer, "mixing_weights", figure)

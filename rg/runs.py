@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 OUTPUTS = "outputs"
+BAD_INPUT = (ValueError, FileNotFoundError, FloatingPointError)
 _chosen: dict[tuple[str, str], str] = {}
 
 
@@ -53,9 +54,11 @@ def clear_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
-        except (ValueError, FileNotFoundError, FloatingPointError) as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        except Exception as error:
+            # Hydra wraps what a constructor raises in an exception of its own.
+            bad_input = next((e for e in (error, error.__cause__) if isinstance(e, BAD_INPUT)), None)
+            if bad_input is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            raise SystemExit(f"error: {error}") from None
+            raise SystemExit(f"error: {bad_input}") from None
 
     return wrapped

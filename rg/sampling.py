@@ -22,6 +22,8 @@ SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
 }
+# PNDM as Stable Diffusion runs it: without the Runge-Kutta start, which takes twelve more calls of the model.
+SETTINGS = {"pndm": {"skip_prk_steps": True}}
 
 
 def set_scheduler(pipe: Any, name: str) -> None:
@@ -32,7 +34,7 @@ def set_scheduler(pipe: Any, name: str) -> None:
     """
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler: expected one of {sorted(SCHEDULERS)}, got {name!r}")
-    pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+    pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config, **SETTINGS.get(name, {}))
 
 
 def generate(
@@ -74,6 +76,8 @@ def load_control(path: str | Path, image_size: Size) -> Tensor | Image.Image:
         record = json.loads(path.read_text())
         keypoints = torch.tensor(record["keypoints"], dtype=torch.float32)
         size = (int(record["size"][0]), int(record["size"][1]))
+        if min(size) < 1:
+            raise ValueError(f"size {size}")
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f'control={path}: expected {{"size": [h, w], "keypoints": [...]}}, found {error!r}') from error
     if keypoints.ndim != 3 or keypoints.shape[1:] != (len(KEYPOINTS), 3):

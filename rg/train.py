@@ -10,6 +10,7 @@ from lightning import seed_everything
 from omegaconf import DictConfig
 
 from rg.backbone import DiffusionBackbone
+from rg.callbacks import finish_wandb
 from rg.readout import ReadoutHead
 from rg.runs import clear_errors, point_latest
 
@@ -30,8 +31,11 @@ def train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     if checkpoint.is_file():
         log.info("resuming %s", checkpoint)
-    trainer.fit(head, data, ckpt_path=str(checkpoint) if checkpoint.is_file() else None, weights_only=True)
-    trainer.save_checkpoint(checkpoint)
+    try:
+        trainer.fit(head, data, ckpt_path=str(checkpoint) if checkpoint.is_file() else None, weights_only=True)
+    finally:
+        finish_wandb(trainer)
+    trainer.save_checkpoint(checkpoint, weights_only=False)
     if trainer.is_global_zero:
         head.save_pretrained(run_dir / "head")
         point_latest(run_dir)

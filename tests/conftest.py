@@ -173,3 +173,14 @@ def denoise() -> Callable[..., Tensor]:
             ).images
 
     return run
+
+
+@pytest.fixture
+def poses() -> Callable[..., Tensor]:
+    """Random poses (count, 1, 18, 3) of one visible person each, in a tiny pipeline's pictures: `poses(3, seed=1)`."""
+
+    def draw(count: int, *, seed: int = 0) -> Tensor:
+        points = torch.rand(count, 1, 18, 2, generator=torch.Generator().manual_seed(seed)) * 31
+        return torch.cat([points, torch.ones(count, 1, 18, 1)], -1)
+
+    return draw

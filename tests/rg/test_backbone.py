@@ -76,7 +76,11 @@ def test_prompts_matter_and_are_encoded_once(backbone):
     assert not backbone.to("cpu").conditions
 
 
-def test_the_model_is_frozen_in_evaluation_mode(backbone):
+def test_the_model_is_frozen_in_evaluation_mode(tiny_pipeline):
+    pipeline = tiny_pipeline()
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        module.train()
+    backbone = DiffusionBackbone(pipeline)
     for module in (backbone.denoiser, backbone.vae, backbone.pipeline.text_encoder):
         assert not any(inner.training for inner in module.modules())
         assert not any(parameter.requires_grad for parameter in module.parameters())
@@ -132,5 +136,7 @@ def test_what_cannot_be_found_is_named(tmp_path):
         DiffusionBackbone.from_pretrained("nowhere")
     with pytest.raises(FileNotFoundError, match=r"no folder 'nowhere'; expected .*: \["):
         locate("nowhere", "heads")
-    with pytest.raises(FileNotFoundError, match=rf"backbone {tmp_path}: expected a diffusers folder with model_index.json"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"backbone {tmp_path}: expected a diffusers folder with model_index.json"
+    ):
         DiffusionBackbone.from_pretrained(str(tmp_path))

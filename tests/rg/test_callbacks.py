@@ -42,7 +42,9 @@ def test_a_fit_leaves_pictures_and_mixing_weights(tiny_pipeline, tmp_path, varia
         default_root_dir=tmp_path,
         inference_mode=False,
     )
-    trainer.fit(head, DataLoader([make_batch(3)] * 2, batch_size=None), DataLoader([make_batch(3)] * 2, batch_size=None))
+    trainer.fit(
+        head, DataLoader([make_batch(3)] * 2, batch_size=None), DataLoader([make_batch(3)] * 2, batch_size=None)
+    )
     expected = {f"{name}-{step:06d}.png" for name in ("readouts", "mixing_weights") for step in (2, 4)}
     assert {path.name for path in tmp_path.iterdir()} == expected
     assert len(pictures.batch["image"]) == len(pictures.batch["prompt"]) == 2

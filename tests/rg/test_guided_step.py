@@ -12,11 +12,6 @@ from rg.targets import FixedTarget
 ANOTHER = "grass at dusk"
 
 
-def pose(seed=0):
-    points = torch.rand(1, 1, 18, 2, generator=torch.Generator().manual_seed(seed)) * 31
-    return torch.cat([points, torch.ones(1, 1, 18, 1)], -1)
-
-
 def brightness(features, time_embedding):
     """A head that is a plain function: the mean square of the finest tap."""
     return features[-1].square().flatten(1).mean(1)
@@ -37,13 +32,13 @@ def deltas(pipe, denoise, guidance, **arguments):
 
 
 @pytest.mark.parametrize("variant", ["keypoints", "rgb"])
-def test_energy_gradient_through_the_unet(tiny_pipeline, tiny_head, variant):
+def test_energy_gradient_through_the_unet(tiny_pipeline, tiny_head, poses, variant):
     unet = tiny_pipeline().unet.double().requires_grad_(False)
     head = tiny_head(unet, variant=variant, projection_dim=8, norm_groups=1).double()
     generator = torch.Generator().manual_seed(1)
     x, condition = torch.randn(1, 4, 4, 4, generator=generator), torch.randn(1, 5, 8, generator=generator)
     timestep = torch.tensor([300])
-    target = head.encode_target(pose(), readout_size=(8, 8), image_size=(32, 32)).double()
+    target = head.encode_target(poses(1), readout_size=(8, 8), image_size=(32, 32)).double()
 
     def energy(x):
         features = predict(unet, x, timestep, encoder_hidden_states=condition.double()).features
@@ -52,17 +47,17 @@ def test_energy_gradient_through_the_unet(tiny_pipeline, tiny_head, variant):
     assert torch.autograd.gradcheck(energy, x.double().requires_grad_())
 
 
-def test_delta_is_the_true_gradient_of_the_energy(tiny_pipeline, tiny_head, denoise):
+def test_delta_is_the_true_gradient_of_the_energy(tiny_pipeline, tiny_head, poses, denoise):
     # Against central differences of the energy in float64, computed without the hook, along random directions.
     pipe = tiny_pipeline()
     head = tiny_head(pipe.unet)
-    guidance = ReadoutGuidance([GuidanceTerm(head, FixedTarget(pose()))], readout_scale=100.0)
+    guidance = ReadoutGuidance([GuidanceTerm(head, FixedTarget(poses(1)))], readout_scale=100.0)
     delta, x = deltas(pipe, denoise, guidance, steps=2)
     timestep = pipe.scheduler.timesteps[:1]
     gradient = delta[:1].double() / (100 * (1 - pipe.scheduler.alphas_cumprod[timestep]).sqrt())
     empty = pipe.encode_prompt("", "cpu", 1, False)[0].detach().double()
     unet, head = pipe.unet.double(), head.double()
-    target = head.encode_target(pose(), readout_size=(16, 16), image_size=(32, 32)).double()
+    target = head.encode_target(poses(1), readout_size=(16, 16), image_size=(32, 32)).double()
 
     def energy(x):
         features = predict(unet, x, timestep, encoder_hidden_states=empty).features
@@ -70,10 +65,9 @@ def test_delta_is_the_true_gradient_of_the_energy(tiny_pipeline, tiny_head, deno
 
     directions = torch.randn(4, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).double()
     with torch.no_grad():
-        slopes = [(energy(x[:1] + 1e-4 * d) - energy(x[:1] - 1e-4 * d)) / 2e-4 for d in directions]
+        slopes = [(energy(x[:1] + 1e-6 * d) - energy(x[:1] - 1e-6 * d)) / 2e-6 for d in directions]
     projected = (directions * gradient).flatten(1).sum(1)
-    print(slopes, projected, gradient.norm(), guidance.trace)
-    torch.testing.assert_close(projected, torch.tensor(slopes).double(), rtol=1e-3, atol=1e-5 * projected.abs().max())
+    torch.testing.assert_close(projected, torch.tensor(slopes).double(), rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -96,9 +90,9 @@ def test_rms_normalised_delta_is_relative_to_the_noise_prediction(tiny_pipeline,
     assert torch.cosine_similarity(delta[:2].flatten(1), raw[:2].flatten(1)).min() > 0.999
 
 
-def test_two_terms_add_up(tiny_pipeline, tiny_head, denoise):
+def test_two_terms_add_up(tiny_pipeline, tiny_head, poses, denoise):
     pipe = tiny_pipeline()
-    one, other = GuidanceTerm(tiny_head(pipe.unet), FixedTarget(pose()), 0.5), GuidanceTerm(brightness, weight=0.5)
+    one, other = GuidanceTerm(tiny_head(pipe.unet), FixedTarget(poses(1)), 0.5), GuidanceTerm(brightness, weight=0.5)
     doubled = GuidanceTerm(one.head, one.target, 1.0)
     twice, once, both, alone = (
         deltas(pipe, denoise, ReadoutGuidance(terms, readout_scale=1e3), steps=2)[0]
@@ -109,13 +103,13 @@ def test_two_terms_add_up(tiny_pipeline, tiny_head, denoise):
     assert alone.abs().max() > 1e-2 and once.abs().max() > 1e-2
 
 
-def test_latent_range_factor_scales_energies(tiny_pipeline, tiny_head, denoise):
+def test_latent_range_factor_scales_energies(tiny_pipeline, tiny_head, poses, denoise):
     pipe = tiny_pipeline()
     head = tiny_head(pipe.unet, variant="rgb", control_range=(-1.0, 1.0))
     energies = {}
     for factor in (False, True):
         guidance = ReadoutGuidance(
-            [GuidanceTerm(head, FixedTarget(pose()))], readout_scale=0.0, latent_range_factor=factor
+            [GuidanceTerm(head, FixedTarget(poses(1)))], readout_scale=0.0, latent_range_factor=factor
         )
         _, x = deltas(pipe, denoise, guidance, images=2, steps=2)
         energies[factor] = guidance.trace[0].energy
@@ -123,11 +117,11 @@ def test_latent_range_factor_scales_energies(tiny_pipeline, tiny_head, denoise):
     torch.testing.assert_close(energies[True], energies[False] * (span / 2) ** 2)
 
 
-def test_checkpointing_recomputes_and_changes_nothing(tiny_pipeline, tiny_head, denoise):
+def test_checkpointing_recomputes_and_changes_nothing(tiny_pipeline, tiny_head, poses, denoise):
     pipe = tiny_pipeline()
     pictures, calls = {}, Counter()
     for checkpointing in (False, True):
-        term = GuidanceTerm(tiny_head(pipe.unet), FixedTarget(pose()))
+        term = GuidanceTerm(tiny_head(pipe.unet), FixedTarget(poses(1)))
         guidance = ReadoutGuidance([term], readout_scale=300.0, checkpointing=checkpointing)
         block = pipe.unet.up_blocks[0].resnets[0]
         handle = block.register_forward_pre_hook(lambda *_, key=checkpointing: calls.update([key]))
@@ -140,7 +134,7 @@ def test_checkpointing_recomputes_and_changes_nothing(tiny_pipeline, tiny_head, 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
 @pytest.mark.parametrize("time_convention", ["direct", "mirrored", "none"])
 def test_training_sampling_and_evaluation_read_the_same(
-    tiny_pipeline, tiny_head, denoise, scheduler, time_convention
+    tiny_pipeline, tiny_head, poses, denoise, scheduler, time_convention
 ):
     pipe = tiny_pipeline(scheduler=scheduler)
     backbone = DiffusionBackbone(pipe)
@@ -156,7 +150,7 @@ def test_training_sampling_and_evaluation_read_the_same(
     clean, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     x_t = backbone.add_noise(clean, noise, timesteps)
     guidance = ReadoutGuidance(
-        [GuidanceTerm(head, FixedTarget(pose())), GuidanceTerm(spy)], readout_scale=0.0, keep_readouts=True
+        [GuidanceTerm(head, FixedTarget(poses(1))), GuidanceTerm(spy)], readout_scale=0.0, keep_readouts=True
     )
     denoise(pipe, guidance, images=2, latents=x_t)
     features, time_embedding = captured[0]
@@ -164,7 +158,9 @@ def test_training_sampling_and_evaluation_read_the_same(
     for seen, expected in zip(features, predicted, strict=True):
         torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(time_embedding, backbone.embed_time(timesteps))
-    torch.testing.assert_close(guidance.trace[0].readouts[0], head.attach_backbone(backbone).read(clean, noise, timesteps))
+    torch.testing.assert_close(
+        guidance.trace[0].readouts[0], head.attach_backbone(backbone).read(clean, noise, timesteps)
+    )
     assert [len(step.readouts) for step in guidance.trace] == [2] * 4
 
 
@@ -185,9 +181,9 @@ def test_training_sampling_and_evaluation_read_the_same(
         ({"stop": 0.0}, {}, (2, 0, 0), None),
     ],
 )
-def test_cost_of_a_step(tiny_pipeline, tiny_head, denoise, settings, arguments, calls, condition):
+def test_cost_of_a_step(tiny_pipeline, tiny_head, poses, denoise, settings, arguments, calls, condition):
     pipe = tiny_pipeline()
-    guidance = ReadoutGuidance([GuidanceTerm(tiny_head(pipe.unet), FixedTarget(pose()))], **settings)
+    guidance = ReadoutGuidance([GuidanceTerm(tiny_head(pipe.unet), FixedTarget(poses(1)))], **settings)
     rows = Counter()
 
     def count(_module, given):

@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from rg import runs
@@ -104,6 +105,17 @@ def test_bad_input_ends_a_command_with_one_line(kind, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(kind):
         command("0")
+
+
+def test_what_a_constructor_says_is_heard_through_hydra(monkeypatch):
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    @clear_errors
+    def command():
+        instantiate({"_target_": "rg.metrics.PCK", "alphas": [2.0]})
+
+    with pytest.raises(SystemExit, match=r"^error: expected alphas in \(0, 1\)"):
+        command()
 
 
 def test_our_own_mistakes_keep_their_stack():

@@ -109,7 +109,11 @@ def test_keypoints_become_the_picture_that_the_annotator_draws():
         ("rgb", (1, 1, 64, 64), r"expected pictures \(B,3,64,64\), got \(1, 1, 64, 64\)"),
         ("rgb", (1, 1, 17, 3), r"got \(1, 1, 17, 3\)"),
         ("keypoints", (1, 18, 3), r"got \(1, 18, 3\)"),
-        ("keypoints", (1, 3, 64, 64), r"a head of variant=keypoints expects \(B,P,18,3\) keypoints, got \(1, 3, 64, 64\)"),
+        (
+            "keypoints",
+            (1, 3, 64, 64),
+            r"a head of variant=keypoints expects \(B,P,18,3\) keypoints, got \(1, 3, 64, 64\)",
+        ),
     ],
 )
 def test_a_control_that_does_not_fit_is_named(variant, shape, message):

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.marionette_body import PARTS
-from data_prep.marionette_people import keypoints, stage
-from data_prep.marionette_rays import cast
-from data_prep.marionette_scene import (
+from data_prep.marionette.body import PARTS
+from data_prep.marionette.people import keypoints, stage
+from data_prep.marionette.rays import cast
+from data_prep.marionette.scene import (
     COLORS,
     EYES,
     GROUNDS,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from data_prep.marionette import KINDS, Stills, render, render_scenes
-from data_prep.marionette_people import stage
-from data_prep.marionette_scene import POSE, SPOTS, Person, Scene, draw_scene
+from data_prep.marionette.people import stage
+from data_prep.marionette.scene import POSE, SPOTS, Person, Scene, draw_scene
 from rg.points import KEYPOINTS
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data_prep.marionette_scene import COLORS, EYES, HAIRS, SKINS, Rgb
+from data_prep.marionette.scene import COLORS, EYES, HAIRS, SKINS, Rgb
 from rg.points import KEYPOINTS
 
 Frame = tuple[Tensor, Tensor, Tensor]  # a body part's own x, y and z axes, each (3, ...)
@@ -125,7 +125,7 @@ def body_points(pose: Mapping[str, Turn]) -> dict[str, Tensor]:
     """Forward kinematics.
 
     Args:
-        pose: cosine and sine (...) of every angle of marionette_scene.POSE.
+        pose: cosine and sine (...) of every angle of scene.POSE.
 
     Returns:
         every point that PARTS and KEYPOINTS name, (3, ...) in body units, pelvis at the origin, the camera along +z.

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data_prep.marionette_scene import COLORS, GROUNDS, KINDS, POSE, SKIES, Person, Scene, draw_scene
+from data_prep.marionette.scene import COLORS, GROUNDS, KINDS, POSE, SKIES, Person, Scene, draw_scene
 
 PLAIN = {
     "shirt": "red",

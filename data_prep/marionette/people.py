@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.marionette_body import CLEAR, KEYPOINT_RADIUS, PARTS, SHOWS, body_points, palette, place_body
-from data_prep.marionette_rays import Capsules, surface
-from data_prep.marionette_scene import MAX_PEOPLE, POSE, Scene
+from data_prep.marionette.body import CLEAR, KEYPOINT_RADIUS, PARTS, SHOWS, body_points, palette, place_body
+from data_prep.marionette.rays import Capsules, surface
+from data_prep.marionette.scene import MAX_PEOPLE, POSE, Scene
 from rg.points import KEYPOINTS, inside
 
 

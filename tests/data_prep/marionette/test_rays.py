@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data_prep.marionette_rays import Capsules, cast, surface
+from data_prep.marionette.rays import Capsules, cast, surface
 
 
 def grid(side):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from data_prep.marionette import render_scenes
-from data_prep.marionette_body import PARTS
-from data_prep.marionette_people import stage
-from data_prep.marionette_scene import POSE, Person, Scene, draw_scene
+from data_prep.marionette.body import PARTS
+from data_prep.marionette.people import stage
+from data_prep.marionette.scene import POSE, Person, Scene, draw_scene
 from rg.points import KEYPOINTS
 
 PLAIN = {

@@ -1,0 +1,91 @@
+"""The whole job at tiny size, by the commands that a user types."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+TINY = ["images=2", "sampling.num_inference_steps=4"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("end_to_end")
+
+
+def run(workplace: Path, root: Path, module: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m module` in an empty folder, with the repository on the path."""
+    command = [sys.executable, "-m", module, *overrides]
+    environment = {"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(workplace)}
+    return subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def head(workplace: Path, root: Path) -> Path:
+    small = ["data.size=8", "data.val_size=2", "data.batch_size=4", "data.epoch_batches=2", "trainer.max_steps=2"]
+    done = run(workplace, root, "rg.train", "+experiment=pose_100", *small, "trainer.check_val_every_n_epoch=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return workplace / "outputs" / "pose_100" / "latest" / "head"
+
+
+def test_training_leaves_what_it_promises(head: Path):
+    run_dir = head.parent
+    assert (head / "head.safetensors").is_file() and (run_dir / "checkpoints" / "last.ckpt").is_file()
+    assert {path.stem.split("-")[0] for path in (run_dir / "pictures").iterdir()} == {"readouts", "mixing_weights"}
+    header = (run_dir / "csv" / "metrics.csv").read_text().splitlines()[0]
+    assert all(f"val/loss_t{t}" in header and f"val/pck@0.1_t{t}" in header for t in (50, 300, 600, 850))
+    assert list((run_dir / "wandb").glob("offline-run-*/*.wandb")), "W&B writes offline, without an account"
+
+
+def test_the_head_samples(workplace: Path, root: Path, head: Path):
+    done = run(workplace, root, "rg.sample", "+experiment=pose_control", f"head.path={head}", *TINY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    latest = workplace / "outputs" / "pose_control" / "latest"
+    assert Image.open(latest / "00001.png").size == (64, 64)
+    assert (latest / "grid.png").is_file()
+
+
+def test_the_evaluation_continues(workplace: Path, root: Path, head: Path):
+    overrides = [f"head.path={head}", *TINY, "batch_size=1"]
+    done = run(workplace, root, "rg.evaluate", *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    latest = workplace / "outputs" / "eval_pck" / "latest"
+    first = json.loads((latest / "results.json").read_text())
+    assert set(first["pck"]) == {"0.05", "0.1", "0.2"}
+    assert set(first["pck"]["0.05"]) == {"unguided", "guided", "ceiling", "gain", "share_of_ceiling"}
+    assert first["images"] == 2 and first["command"].startswith("python -m rg.evaluate")
+    assert "PCK@0.05" in (latest / "table.md").read_text() and "PCK@0.05" in done.stdout
+    # As if it had been broken off after the first picture.
+    kept = (latest / "samples" / "00000.json").stat().st_mtime_ns
+    for path in (latest / "results.json", latest / "samples" / "00001.json"):
+        path.unlink()
+    done = run(workplace, root, "rg.evaluate", *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    second = json.loads((latest / "results.json").read_text())
+    assert second["pck"] == first["pck"]
+    assert (latest / "samples" / "00000.json").stat().st_mtime_ns == kept, "what was done is not done again"
+
+
+@pytest.mark.parametrize(
+    ("module", "overrides", "named"),
+    [
+        ("rg.train", ["+experiment=poze_100"], "poze_100"),
+        ("rg.train", ["+experiment=pose_100", "data.sise=3"], "sise"),
+        ("rg.evaluate", ["alphas=[0.5,1.5]"], "1.5"),
+        ("rg.evaluate", ["head.path=nowhere"], "nowhere"),
+        ("rg.evaluate", ["images=0"], "images"),
+        ("rg.sample", ["+experiment=pose_control", "control=missing.png"], "missing.png"),
+        ("rg.sample", ["+experiment=pose_control", "scheduler=eular"], "eular"),
+    ],
+)
+def test_bad_input_is_one_clear_error(workplace: Path, root: Path, module: str, overrides: list[str], named: str):
+    done = run(workplace, root, module, *overrides)
+    message = done.stderr.strip().splitlines()
+    assert done.returncode != 0
+    assert named in done.stderr
+    assert not any(line.startswith("Traceback") for line in message), done.stderr
