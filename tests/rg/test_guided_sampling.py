@@ -12,6 +12,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
+from rg.backbone import DiffusionBackbone
 from rg.guidance import GuidanceTerm, ReadoutGuidance
 from rg.hooks import embed_time, taps
 from rg.targets import FixedTarget
@@ -62,6 +63,42 @@ def test_scale_zero_is_no_guidance(
 
 
 @pytest.mark.parametrize(
+    ("branch", "arguments", "read"),
+    [
+        ("uncond", {}, [""]),
+        ("cond", {}, ["a person"]),
+        ("both", {}, ["", "a person"]),
+        ("uncond", {"negative_prompt": "grass"}, [""]),
+        ("both", {"negative_prompt": "grass"}, ["grass", "a person"]),
+        ("uncond", {"guidance_scale": 1.0}, [""]),
+        ("cond", {"guidance_scale": 1.0}, ["a person"]),
+    ],
+)
+def test_a_branch_is_read_under_its_condition_and_the_pipeline_keeps_its_own(
+    tiny_pipeline, tiny_head, poses, denoise, branch, arguments, read
+):
+    pipe = tiny_pipeline()
+    arguments = {"images": 2, "prompt": "a person"} | arguments
+    if "negative_prompt" in arguments:
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * 2
+    captured = []
+
+    def capture(features, time_embedding):
+        captured.append(features[0])
+        return features[0].flatten(1).sum(1)
+
+    terms = [GuidanceTerm(tiny_head(pipe.unet), FixedTarget(poses(1))), GuidanceTerm(capture)]
+    plain = denoise(pipe, **arguments)
+    with recorded(pipe) as calls:
+        same = denoise(pipe, ReadoutGuidance(terms, readout_scale=0.0, branch=branch), **arguments)
+    torch.testing.assert_close(same, plain, rtol=1e-5, atol=1e-5)
+    backbone = DiffusionBackbone(pipe)
+    x, timestep = calls[0][0][:2], pipe.scheduler.timesteps[:1].expand(2)
+    expected = torch.cat([backbone.predict(x, timestep, prompt).features[0] for prompt in read])
+    torch.testing.assert_close(captured[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("scheduler", "settings"),
     [
         *((scheduler, {"normalize": "rms", "readout_scale": 1.0}) for scheduler in SCHEDULERS),
@@ -81,11 +118,17 @@ def test_guidance_lowers_the_energy(tiny_pipeline, tiny_head, poses, denoise, sc
     assert (guided < guidance.trace[0].energy).all() and (guided < unguided).all()
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler])
-def test_an_image_does_not_depend_on_its_neighbours(tiny_pipeline, tiny_head, poses, denoise, scheduler):
+@pytest.mark.parametrize(
+    ("scheduler", "settings"),
+    [
+        (DDIMScheduler, {"readout_scale": 300.0}),
+        (DDPMScheduler, {"readout_scale": 0.5, "normalize": "rms"}),
+        (EulerDiscreteScheduler, {"readout_scale": 300.0, "branch": "both"}),
+    ],
+)
+def test_an_image_does_not_depend_on_its_neighbours(tiny_pipeline, tiny_head, poses, denoise, scheduler, settings):
     pipe = tiny_pipeline(scheduler=scheduler)
     head, targets = tiny_head(pipe.unet), poses(3)
-    settings = {"readout_scale": 0.5, "normalize": "rms"}
     together = denoise(pipe, ReadoutGuidance([GuidanceTerm(head, FixedTarget(targets))], **settings), images=3)
     for i in range(3):
         generator = torch.Generator().manual_seed(i)
