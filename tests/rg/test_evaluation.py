@@ -84,7 +84,7 @@ def test_kernel_distance_needs_many_pictures_and_tells_renders_from_noise(root: 
     flat = torch.rand(KERNEL_IMAGES, 3, 1, 1).expand(-1, -1, 64, 64) * 2 - 1
     noise = torch.randn(KERNEL_IMAGES, 3, 64, 64).clamp(-1, 1)
     assert distances_to(flat, {"same": flat[: KERNEL_IMAGES - 1]}, detector) is None
-    found = distances_to(flat[: KERNEL_IMAGES], {"same": flat, "noise": noise}, detector)
+    found = distances_to(flat[:KERNEL_IMAGES], {"same": flat, "noise": noise}, detector)
     assert found["noise"] > 10 * abs(found["same"])
 
 
