@@ -16,7 +16,7 @@ _chosen: dict[tuple[str, str], str] = {}
 
 
 def run_folder(name: str, overrides: str, resume: bool | str) -> str:
-    """<name>/<time>-<hash of overrides>, relative to outputs/.
+    """<name>/<time>-<process>-<hash of overrides>, relative to outputs/.
 
     With resume=True it is the newest one with the same hash, with "unfinished" only if that has no results.json yet.
     The same run asks more than once while its configuration is resolved; it gets the same answer.
@@ -29,7 +29,7 @@ def run_folder(name: str, overrides: str, resume: bool | str) -> str:
         earlier = sorted((Path(OUTPUTS) / name).glob(f"*-{code}"))[-1:] if resume else []
         if resume == "unfinished":
             earlier = [folder for folder in earlier if not (folder / "results.json").exists()]
-        fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{code}"
+        fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{code}"
         _chosen[key] = f"{name}/{earlier[0].name if earlier else fresh}"
     return _chosen[key]
 

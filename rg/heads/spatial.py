@@ -13,6 +13,8 @@ from rg.readout import ReadoutHead
 VARIANTS = ("rgb", "keypoints")
 # A heatmap cell below this height counts as background.
 FOREGROUND = 0.05
+# Readouts lie in about [0, 1]: a clear bump then holds nearly all of the softmax over a map's cells.
+SHARPNESS = 10.0
 
 
 class SpatialHead(ReadoutHead):
@@ -26,6 +28,8 @@ class SpatialHead(ReadoutHead):
         sparse: balance background and foreground in the loss (pose, edges), or take a plain mean (depth).
         sparse_energy: the same for the guidance energy; the authors guide with a plain mean.
         sigma: radius of a heatmap's bump, in readout cells.
+        contrast: weight of `misplacement` in the guidance energy of variant "keypoints". The squared error is flat
+            where a keypoint is read in another place, such as left for right; this is steepest there.
         hidden_channels: width of the first of three output convolutions.
         hyperparameters: see ReadoutHead.
     """
@@ -38,6 +42,7 @@ class SpatialHead(ReadoutHead):
         sparse: bool = True,
         sparse_energy: bool = True,
         sigma: float = 1.0,
+        contrast: float = 0.0,
         hidden_channels: int = 128,
         **hyperparameters: Any,
     ) -> None:
@@ -111,7 +116,10 @@ class SpatialHead(ReadoutHead):
 
     def energy(self, readout: Tensor, target: Tensor) -> Tensor:
         """Distance of readouts to encoded targets, per sample (B,): what guidance lowers."""
-        return self.error(readout, target, sparse=self.hparams.sparse_energy)
+        energy = self.error(readout, target, sparse=self.hparams.sparse_energy)
+        if self.hparams.variant == "keypoints" and self.hparams.contrast:
+            energy = energy + self.hparams.contrast * misplacement(readout, target)
+        return energy
 
     @property
     def readout_span(self) -> float:
@@ -153,6 +161,20 @@ class SpatialHead(ReadoutHead):
             return ((readout - low) / (high - low)).clamp(0, 1)
         colors = readout.new_tensor(COLORS) / 255
         return (readout.clamp(0, 1)[:, :, None] * colors[..., None, None]).amax(1)
+
+
+def misplacement(readout: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of where keypoints are read and where they should be, mean over those drawn, per sample: (B,).
+
+    Args:
+        readout: (B, K, H, W) heatmaps; softmax over the cells of SHARPNESS times a map: where its keypoint is read.
+        target: (B, K, H, W) or (1, K, H, W) heatmaps with one bump of height about 1, or nothing drawn.
+    """
+    wanted = target.flatten(2)
+    drawn = (wanted.amax(-1) > 0.5).to(readout)
+    wanted = wanted / wanted.sum(-1, keepdim=True).clamp_min(1e-6)
+    entropy = -(wanted * (SHARPNESS * readout.flatten(2)).log_softmax(-1)).sum(-1)
+    return (entropy * drawn).sum(1) / drawn.sum(1).clamp_min(1)
 
 
 def balanced_mean(values: Tensor, foreground: Tensor) -> Tensor:

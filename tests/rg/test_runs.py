@@ -34,7 +34,7 @@ def code_of(overrides):
 
 def test_a_run_is_named_by_time_and_overrides():
     folder = run_folder("pose_100", "+experiment=pose_100,seed=1", False)
-    assert re.fullmatch(r"pose_100/\d{8}-\d{6}-[0-9a-f]{8}", folder)
+    assert re.fullmatch(r"pose_100/\d{8}-\d{6}-\d+-[0-9a-f]{8}", folder)
     assert run_folder("pose_100", "+experiment=pose_100,seed=1", False) == folder
     assert run_folder("pose_100", "+experiment=pose_100,seed=2", False)[-8:] != folder[-8:]
     assert ask_again("pose_100", "+experiment=pose_100,seed=1", False)[-8:] == folder[-8:]
@@ -57,7 +57,7 @@ def test_resume_takes_the_newest_run_of_the_same_overrides():
 
 
 def test_resume_without_an_earlier_run_begins_one():
-    assert re.fullmatch(r"pose/\d{8}-\d{6}-[0-9a-f]{8}", run_folder("pose", "seed=1", True))
+    assert re.fullmatch(r"pose/\d{8}-\d{6}-\d+-[0-9a-f]{8}", run_folder("pose", "seed=1", True))
 
 
 def test_unfinished_goes_on_only_where_there_are_no_results():

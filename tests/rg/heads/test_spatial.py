@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 
 from data_prep.annotators.exact import ExactPose
 from data_prep.marionette import render
-from rg.heads.spatial import SpatialHead, balanced_mean
+from rg.heads.spatial import SHARPNESS, SpatialHead, balanced_mean, misplacement
 from rg.points import COLORS, draw_skeletons
 
 IMAGE, READOUT = (64, 64), (32, 32)
@@ -174,3 +176,26 @@ def test_readout_and_its_range(variant):
     assert readout.shape == (2, 3 if variant == "rgb" else 18, 8, 8)
     assert head.readout_span == (2 if variant == "rgb" else 1)
     assert variant == "keypoints" or readout.abs().max() < 1  # tanh
+
+
+def test_misplacement_is_the_cross_entropy_of_a_softmax_over_cells():
+    target = torch.zeros(1, 2, 2, 2, dtype=torch.float64)
+    target[0, 0, 0, 1] = 1.0  # the second keypoint is not drawn
+    readout = torch.zeros(3, 2, 2, 2, dtype=torch.float64)
+    readout[1, 0, 0, 1] = 1.0
+    readout[2, 0, 1, 0] = 1.0
+    right, wrong = math.exp(SHARPNESS), 1.0
+    expected = [math.log(4), -math.log(right / (right + 3)), -math.log(wrong / (right + 3))]
+    assert misplacement(readout, target).tolist() == pytest.approx(expected)
+    assert misplacement(readout, torch.zeros_like(target)).tolist() == [0, 0, 0], "nothing drawn, nothing misplaced"
+
+
+def test_contrast_adds_to_the_energy_alone():
+    plain = make_head(variant="keypoints")
+    contrasted = make_head(variant="keypoints", contrast=0.5)
+    readout, target = torch.rand(2, 18, 8, 8), torch.rand(2, 18, 8, 8)
+    added = contrasted.energy(readout, target) - plain.energy(readout, target)
+    assert torch.allclose(added, 0.5 * misplacement(readout, target), atol=1e-6)
+    picture, wanted = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
+    energies = [make_head(variant="rgb", contrast=weight).energy(picture, wanted) for weight in (0.0, 0.5)]
+    assert torch.equal(*energies), "pictures have no bumps to misplace"
