@@ -35,7 +35,7 @@ def _parts(cfg: DictConfig) -> tuple[Any, Any]:
     backbone = instantiate(cfg.world.backbone)
     widths = {"tap_channels": backbone.tap_channels, "time_embed_dim": backbone.time_embed_dim}
     head = instantiate(cfg.head, **widths, _convert_="all")
-    return backbone, head.attach_backbone(backbone)
+    return backbone, head.attach_backbone(backbone).to(backbone.device)
 
 
 def _sampler(cfg: DictConfig, mode: str) -> Callable[[], Any]:
@@ -108,7 +108,7 @@ def training_speed(cfg: DictConfig) -> dict[str, float]:
     for step in range(cfg.training_steps + 3):
         if step == 3:
             begin = time.perf_counter()
-        drawn = {**batch, "draw": torch.full((cfg.images,), step)}
+        drawn = {key: value.to(backbone.device) for key, value in {**batch, "draw": batch["index"] * 0 + step}.items()}
         optimizer.zero_grad()
         head.loss(head.read(*head.draw(drawn)), drawn).backward()
         optimizer.step()

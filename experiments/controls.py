@@ -31,7 +31,7 @@ class Controls:
             self.cfg = compose(config_name="evaluate", overrides=[*overrides, "run_dir=."])
         self.backbone = instantiate(self.cfg.world.backbone)
         self.detector = instantiate(self.cfg.world.detector)
-        self.head = load_head(self.cfg.head.path)
+        self.head = load_head(self.cfg.head.path).to(self.backbone.device)
         instantiate(self.cfg.data.builder)(split=self.cfg.split, n=images)
         self.samples = read_shards(Path(self.cfg.data.root) / self.cfg.split, images)
 
@@ -49,7 +49,7 @@ class Controls:
     def random_head(self, alpha: float = 0.1) -> dict[str, Any]:
         """Gain in PCK@alpha by a head of the same shape that was never trained."""
         torch.manual_seed(self.cfg.seed)
-        head = type(self.head)(**self.head.hparams).eval().requires_grad_(False)
+        head = type(self.head)(**self.head.hparams).to(self.backbone.device).eval().requires_grad_(False)
         keypoints = self.samples.keypoints[:, 0]
         target, visible = keypoints[..., :2], keypoints[..., 2] > 0
         side = box_side(target, visible)

@@ -35,8 +35,10 @@ class DiffusionBackbone:
         self.conditions: dict[str, Tensor] = {}
 
     @classmethod
-    def from_pretrained(cls, path: str, *, device: str = "cpu") -> "DiffusionBackbone":
+    def from_pretrained(cls, path: str, *, device: str | None = None) -> "DiffusionBackbone":
         """Loads a diffusers folder, or a shipped model by its name, in float32, with the DDIM scheduler.
+
+        device=None takes a CUDA GPU where there is one.
 
         Raises:
             FileNotFoundError: there is no such folder, or it holds no pipeline.
@@ -47,7 +49,7 @@ class DiffusionBackbone:
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline.to(device))
+        return cls(pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
     @property
     def device(self) -> torch.device:

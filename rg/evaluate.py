@@ -47,6 +47,7 @@ class Evaluation:
         self.head: ReadoutHead = load_head(cfg.head.path)
         self.backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
         self.head.check_taps(self.backbone.tap_channels, self.backbone.time_embed_dim)
+        self.head.to(self.backbone.device)
         self.detector: KeypointDetector = instantiate(cfg.world.detector)
         set_scheduler(self.backbone.pipeline, cfg.scheduler)
         instantiate(cfg.data.builder)(split=cfg.split, n=cfg.images)
@@ -57,7 +58,7 @@ class Evaluation:
     def _claim_folder(self) -> None:
         weights = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in self.head.state_dict().values()))
         settings = OmegaConf.to_container(self.cfg, resolve=True)
-        settings = {key: settings[key] for key in settings if key not in ("resume", "run_dir", "batch_size", "images")}
+        settings = {key: settings[key] for key in settings if key not in ("resume", "run_dir", "batch_size")}
         record = {"settings": settings, "head": weights.hexdigest()}
         path = self.run_dir / "settings.json"
         if path.is_file() and json.loads(path.read_text()) != record:
@@ -105,7 +106,7 @@ class Evaluation:
             pictures[condition] = generate(self.backbone.pipeline, prompts, guidance=steering, **arguments)
             seconds[condition] = (time.perf_counter() - begin) / len(positions)
         pictures["ceiling"] = self.backbone.decode(torch.stack([sample["latent_mean"] for sample in batch])).cpu()
-        readouts = self.head.preview(guidance.trace[-1].readouts[0]) if guidance.trace else None
+        readouts = self.head.preview(guidance.trace[-1].readouts[0]).cpu() if guidance.trace else None
         scores = {
             condition: score_images(self.detector.detect(images), keypoints[:, 0], self.cfg.alphas)
             for condition, images in pictures.items()

@@ -39,6 +39,7 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
     head = load_head(cfg.head.path)
     backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
     head.check_taps(backbone.tap_channels, backbone.time_embed_dim)
+    head.to(backbone.device)
     set_scheduler(backbone.pipeline, cfg.scheduler)
     target, prompts = read_controls(cfg, backbone)
     guidance = instantiate(cfg.guidance)(terms=[GuidanceTerm(head, target)])
