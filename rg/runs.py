@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import logging as diffusers_logging
 from omegaconf import OmegaConf
+from transformers.utils import logging as transformers_logging
 
 OUTPUTS = "outputs"
 BAD_INPUT = (ValueError, FileNotFoundError, FloatingPointError)
@@ -47,11 +49,19 @@ def point_latest(run_dir: Path) -> None:
     temporary.replace(link)
 
 
+def quiet_libraries() -> None:
+    """Keeps diffusers and transformers to errors: their bars and notices would drown the command's own lines."""
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
 def clear_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """Ends a command with one line where input, files or numbers are bad, instead of a stack trace."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        quiet_libraries()
         try:
             return command(*args, **kwargs)
         except Exception as error:
