@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from data_prep.shard_writer import ShardWriter
 from data_prep.sources import Source
+from rg.runs import clear_errors
 from rg.samples import SPLITS, DataError
 from rg.shards import Manifest
 
@@ -113,6 +114,7 @@ def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="prepare")
+@clear_errors
 def main(config: DictConfig) -> None:
     """Runs the builder that `recipe` describes."""
     if "recipe" not in config:
@@ -122,10 +124,7 @@ def main(config: DictConfig) -> None:
     arguments = {"split": config.split, "n": config.n}
     if config.root is not None:
         arguments["root"] = config.root
-    try:
-        manifest = instantiate(config.recipe)(**arguments)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    manifest = instantiate(config.recipe)(**arguments)
     root = arguments.get("root", config.recipe.root)
     print(f"{root}/{config.split}: {len(manifest.indices())} samples, {len(manifest.skipped)} skipped (manifest.json)")
 

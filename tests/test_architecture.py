@@ -42,7 +42,7 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/sample.py": ({"rg"}, ANY),
     "rg/evaluate.py": ({"rg"}, ANY),
     "rg/__init__.py": ({"rg"}, ANY),
-    "data_prep/*": ({"data_prep", "rg.data", "rg.backbone", *SHARDS}, ANY),
+    "data_prep/*": ({"data_prep", "rg.data", "rg.backbone", "rg.runs", *SHARDS}, ANY),
     "experiments/*": ({"experiments", "data_prep", "rg"}, ANY),
 }
 # package: the only files that may import it.

@@ -21,7 +21,6 @@ DEV = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
 # Needed although no file imports them: why.
 INDIRECT = {
     "accelerate": "diffusers loads and offloads models with it",
-    "transformers": "the text encoders of diffusers' pipelines",
     "wandb": "lightning's WandbLogger, which conf/logger names",
 }
 # A CUDA build of torch pins these itself.
