@@ -1,0 +1,73 @@
+"""Puts a trained head among the shipped ones, with a card from the run's own record.
+
+python -m experiments.ship_head outputs/pose_8k5/latest pose_8k5
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import yaml
+
+from rg.evaluation import write_text
+from rg.heads import load_head
+from rg.models import MODELS
+from rg.runs import clear_errors
+
+
+def final_scores(run_dir: Path) -> dict[str, float]:
+    """The last validation of a run, from its CSV log.
+
+    Raises:
+        FileNotFoundError: the run was never validated.
+    """
+    scores: dict[str, float] = {}
+    for path in sorted(run_dir.glob("csv/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime):
+        with path.open(newline="") as stream:
+            for row in csv.DictReader(stream):
+                scores |= {key: float(value) for key, value in row.items() if key.startswith("val/") and value}
+    if not scores:
+        raise FileNotFoundError(f"{run_dir}: expected csv/version_*/metrics.csv with a validation, found none")
+    return scores
+
+
+def ship(run_dir: Path, name: str, models: Path = MODELS) -> Path:
+    """Writes head and card into <models>/heads/<name>, in half precision; returns that folder."""
+    scores = final_scores(run_dir)
+    overrides = yaml.safe_load((run_dir / ".hydra" / "overrides.yaml").read_text())
+    config = yaml.safe_load((run_dir / ".hydra" / "config.yaml").read_text())
+    head = load_head(run_dir / "head")
+    folder = models / "heads" / name
+    head.save_pretrained(folder, half=True)
+    levels = head.hparams.val_timesteps
+    names = sorted({key.split("/")[1].rsplit("_t", 1)[0] for key in scores})
+    lines = [
+        f"# {name}",
+        "",
+        f"{type(head).__name__} for `world={config['world']['name']}`, {sum(p.numel() for p in head.parameters()):,} "
+        "parameters, half precision. Made by",
+        "",
+        f"    python -m rg.train {' '.join(overrides)}",
+        "",
+        f"seed {config['seed']}, {config['data']['size']:,} training pictures, {config['trainer']['max_steps']:,} steps "
+        f"of {config['data']['batch_size']}. On {config['data']['val_size']} held-out pictures, read in full precision:",
+        "",
+        "| " + " | ".join(["noise level t", *(str(level) for level in levels)]) + " |",
+        "|---" * (len(levels) + 1) + "|",
+        *("| " + " | ".join([n, *(f"{scores[f'val/{n}_t{t}']:.3f}" for t in levels)]) + " |" for n in names),
+        "",
+    ]
+    write_text(folder / "README.md", "\n".join(lines))
+    return folder
+
+
+@clear_errors
+def main() -> None:
+    """Ships the head of the run folder given, under the name given."""
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    print(ship(Path(sys.argv[1]), sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()
