@@ -41,16 +41,17 @@ def ship(run_dir: Path, name: str, models: Path = MODELS) -> Path:
     head.save_pretrained(folder, half=True)
     levels = head.hparams.val_timesteps
     names = sorted({key.split("/")[1].rsplit("_t", 1)[0] for key in scores})
+    data, steps = config["data"], config["trainer"]["max_steps"]
+    parameters = sum(p.numel() for p in head.parameters())
     lines = [
         f"# {name}",
         "",
-        f"{type(head).__name__} for `world={config['world']['name']}`, {sum(p.numel() for p in head.parameters()):,} "
-        "parameters, half precision. Made by",
+        f"{type(head).__name__} for `world={config['world']['name']}`, {parameters:,} parameters, half precision. Made by",
         "",
         f"    python -m rg.train {' '.join(overrides)}",
         "",
-        f"seed {config['seed']}, {config['data']['size']:,} training pictures, {config['trainer']['max_steps']:,} steps "
-        f"of {config['data']['batch_size']}. On {config['data']['val_size']} held-out pictures, read in full precision:",
+        f"with seed {config['seed']}: {data['size']:,} training pictures, {steps:,} steps of {data['batch_size']}.",
+        f"On {data['val_size']} held-out pictures, read by the head in full precision:",
         "",
         "| " + " | ".join(["noise level t", *(str(level) for level in levels)]) + " |",
         "|---" * (len(levels) + 1) + "|",
