@@ -42,11 +42,11 @@ def ship(run_dir: Path, name: str, models: Path = MODELS) -> Path:
     levels = head.hparams.val_timesteps
     names = sorted({key.split("/")[1].rsplit("_t", 1)[0] for key in scores})
     data, steps = config["data"], config["trainer"]["max_steps"]
-    parameters = sum(p.numel() for p in head.parameters())
+    count = sum(p.numel() for p in head.parameters())
     lines = [
         f"# {name}",
         "",
-        f"{type(head).__name__} for `world={config['world']['name']}`, {parameters:,} parameters, half precision. Made by",
+        f"{type(head).__name__} for `world={config['world']['name']}`, {count:,} parameters, half precision. Made by",
         "",
         f"    python -m rg.train {' '.join(overrides)}",
         "",
