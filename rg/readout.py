@@ -160,6 +160,7 @@ class ReadoutHead(LightningModule):
         dtype = torch.float16 if half else torch.float32
         tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, folder / "head.safetensors.part")
+        (folder / "head.safetensors.part").chmod(0o644)  # safetensors writes for the owner alone
         record = {"class": type(self).__name__, "hyperparameters": dict(self.hparams)}
         (folder / "head.json.part").write_text(json.dumps(record, indent=1) + "\n")
         for name in ("head.safetensors", "head.json"):
