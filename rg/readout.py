@@ -1,6 +1,7 @@
 """Readout heads: small networks on the features of a frozen diffusion model (Luo et al., 2024, section 3)."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Self
 
@@ -147,7 +148,7 @@ class ReadoutHead(LightningModule):
         warmup, total = self.hparams.warmup_steps, self.trainer.estimated_stepping_batches
 
         def factor(step: int) -> float:
-            decay = 0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * min(step / total, 1.0))).item()
+            decay = 0.5 + 0.5 * math.cos(math.pi * min(step / total, 1.0))
             return min(1.0, (step + 1) / (warmup + 1)) * decay
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,5 +1,6 @@
 """What guidance has to know of a diffusers scheduler."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,6 +60,8 @@ def moved_samples(scheduler: Any, take_move: Callable[[], Tensor | None]) -> Ite
     """Adds `take_move()` to the sample of every scheduler step inside the context."""
     step, own_step = scheduler.step, vars(scheduler).get("step")
 
+    # Pipelines look at the signature to know whether the scheduler takes eta and a generator.
+    @functools.wraps(step)
     def moved_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         move = take_move()
         return step(model_output, timestep, sample if move is None else sample + move, *args, **kwargs)

@@ -178,3 +178,12 @@ def test_adam_rule_is_the_explicit_loop(tiny_pipeline, tiny_head, poses, denoise
         x = pipe.scheduler.step(empty_noise + 2.0 * (noise - empty_noise), timestep, x).prev_sample
     assert len(guidance.trace) == 3
     torch.testing.assert_close(guided, x, rtol=0, atol=1e-5)
+
+
+def test_the_pipelines_eta_reaches_the_scheduler_under_adam(tiny_pipeline, tiny_head, poses, denoise):
+    pipe = tiny_pipeline()
+    term = GuidanceTerm(tiny_head(pipe.unet), FixedTarget(poses(1)))
+    guidance = ReadoutGuidance([term], update="adam", learning_rate=0.0)
+    for eta in (0.0, 1.0):
+        assert torch.allclose(denoise(pipe, guidance, eta=eta), denoise(pipe, eta=eta), atol=1e-5)
+    assert not torch.allclose(denoise(pipe, guidance, eta=0.0), denoise(pipe, guidance, eta=1.0), atol=1e-2)
