@@ -59,13 +59,13 @@ class Evaluation:
         weights = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in self.head.state_dict().values()))
         settings = OmegaConf.to_container(self.cfg, resolve=True)
         settings = {key: settings[key] for key in settings if key not in ("resume", "run_dir", "batch_size")}
-        record = {"settings": settings, "head": weights.hexdigest()}
+        text = json.dumps({"settings": settings, "head": weights.hexdigest()}, indent=1, sort_keys=True) + "\n"
         path = self.run_dir / "settings.json"
-        if path.is_file() and json.loads(path.read_text()) != record:
-            raise ValueError(
-                f"{path}: this run was begun with another head or other settings; start anew: resume=false"
-            )
-        write_text(path, record)
+        if path.is_file() and path.read_text() != text and (self.run_dir / "samples").is_dir():
+            aside = self.run_dir / f"samples-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+            (self.run_dir / "samples").rename(aside)
+            log.warning("this run was begun with another head or other settings; its samples are now in %s", aside)
+        write_text(path, text)
 
     def record_path(self, position: int) -> Path:
         return self.run_dir / "samples" / f"{position:05d}.json"

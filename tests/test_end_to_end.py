@@ -69,6 +69,13 @@ def test_the_evaluation_continues(workplace: Path, root: Path, head: Path):
     second = json.loads((latest / "results.json").read_text())
     assert second["pck"] == first["pck"]
     assert (latest / "samples" / "00000.json").stat().st_mtime_ns == kept, "what was done is not done again"
+    # A broken-off run of another head is set aside, not mixed in.
+    (latest / "results.json").unlink()
+    settings = latest / "settings.json"
+    settings.write_text(settings.read_text().replace('"head": "', '"head": "f'))
+    done = run(workplace, root, "rg.evaluate", *overrides)
+    assert done.returncode == 0 and "another head" in done.stdout, done.stdout + done.stderr
+    assert len(list(latest.glob("samples-*"))) == 1 and (latest / "samples" / "00001.json").is_file()
 
 
 @pytest.mark.parametrize(
