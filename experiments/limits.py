@@ -29,11 +29,12 @@ def limits(run_dir: Path, alpha: float = 0.1) -> str:
     right = (found - target).norm(dim=-1) <= tolerance
     swapped = (found[:, list(MIRROR)] - target).norm(dim=-1) <= tolerance
     wrong = visible & ~right
+    mended = (wrong & swapped).sum() / wrong.sum().clamp_min(1)
     scores = (right & visible).sum(1) / visible.sum(1)
     by_keypoint = (right & visible).sum(0) / visible.sum(0).clamp_min(1)
     lines = [
         f"{len(records)} images, alpha {alpha}: {wrong.sum() / visible.sum():.1%} of the visible keypoints are wrong; "
-        f"{(wrong & swapped).sum() / wrong.sum().clamp_min(1):.0%} of these would be right with left and right swapped.",
+        f"{mended:.0%} of these would be right with left and right swapped.",
         f"{(scores >= 0.9).float().mean():.0%} of the images have 90 % of their keypoints right, "
         f"{(scores < 0.5).float().mean():.0%} less than half.",
         "",
