@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rg.evaluation import write_text
 from rg.guidance import GuidanceTerm, ReadoutGuidance
-from rg.runs import clear_errors, point_latest
+from rg.runs import clear_errors, point_latest, quiet_libraries
 from rg.sampling import generate
 from rg.targets import FixedTarget
 
@@ -57,6 +57,7 @@ def _resident(field: str) -> float:
 
 
 def _peak_memory(settings: dict[str, Any], mode: str, queue: Any) -> None:
+    quiet_libraries()
     run = _sampler(OmegaConf.create(settings), mode)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     baseline = _resident("VmRSS")
