@@ -14,23 +14,23 @@ TINY = ["images=2", "sampling.num_inference_steps=4"]
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("end_to_end")
 
 
-def run(workplace: Path, root: Path, module: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run(place: Path, root: Path, module: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Runs `python -m module` in an empty folder, with the repository on the path."""
     command = [sys.executable, "-m", module, *overrides]
-    environment = {"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(workplace)}
-    return subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(place)}
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
-def head(workplace: Path, root: Path) -> Path:
+def head(place: Path, root: Path) -> Path:
     small = ["data.size=8", "data.val_size=2", "data.batch_size=4", "data.epoch_batches=2", "trainer.max_steps=2"]
-    done = run(workplace, root, "rg.train", "+experiment=pose_100", *small, "trainer.check_val_every_n_epoch=1")
+    done = run(place, root, "rg.train", "+experiment=pose_100", *small, "trainer.check_val_every_n_epoch=1")
     assert done.returncode == 0, done.stdout + done.stderr
-    return workplace / "outputs" / "pose_100" / "latest" / "head"
+    return place / "outputs" / "pose_100" / "latest" / "head"
 
 
 def test_training_leaves_what_it_promises(head: Path):
@@ -42,19 +42,19 @@ def test_training_leaves_what_it_promises(head: Path):
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb")), "W&B writes offline, without an account"
 
 
-def test_the_head_samples(workplace: Path, root: Path, head: Path):
-    done = run(workplace, root, "rg.sample", "+experiment=pose_control", f"head.path={head}", *TINY)
+def test_the_head_samples(place: Path, root: Path, head: Path):
+    done = run(place, root, "rg.sample", "+experiment=pose_control", f"head.path={head}", *TINY)
     assert done.returncode == 0, done.stdout + done.stderr
-    latest = workplace / "outputs" / "pose_control" / "latest"
+    latest = place / "outputs" / "pose_control" / "latest"
     assert Image.open(latest / "00001.png").size == (64, 64)
     assert (latest / "grid.png").is_file()
 
 
-def test_the_evaluation_continues(workplace: Path, root: Path, head: Path):
+def test_the_evaluation_continues(place: Path, root: Path, head: Path):
     overrides = [f"head.path={head}", *TINY, "batch_size=1"]
-    done = run(workplace, root, "rg.evaluate", *overrides)
+    done = run(place, root, "rg.evaluate", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
-    latest = workplace / "outputs" / "eval_pck" / "latest"
+    latest = place / "outputs" / "eval_pck" / "latest"
     first = json.loads((latest / "results.json").read_text())
     assert set(first["pck"]) == {"0.05", "0.1", "0.2"}
     assert set(first["pck"]["0.05"]) == {"unguided", "guided", "ceiling", "gain", "share_of_ceiling"}
@@ -64,7 +64,7 @@ def test_the_evaluation_continues(workplace: Path, root: Path, head: Path):
     kept = (latest / "samples" / "00000.json").stat().st_mtime_ns
     for path in (latest / "results.json", latest / "samples" / "00001.json"):
         path.unlink()
-    done = run(workplace, root, "rg.evaluate", *overrides)
+    done = run(place, root, "rg.evaluate", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     second = json.loads((latest / "results.json").read_text())
     assert second["pck"] == first["pck"]
@@ -73,7 +73,7 @@ def test_the_evaluation_continues(workplace: Path, root: Path, head: Path):
     (latest / "results.json").unlink()
     settings = latest / "settings.json"
     settings.write_text(settings.read_text().replace('"head": "', '"head": "f'))
-    done = run(workplace, root, "rg.evaluate", *overrides)
+    done = run(place, root, "rg.evaluate", *overrides)
     assert done.returncode == 0 and "another head" in done.stdout, done.stdout + done.stderr
     assert len(list(latest.glob("samples-*"))) == 1 and (latest / "samples" / "00001.json").is_file()
 
@@ -90,8 +90,8 @@ def test_the_evaluation_continues(workplace: Path, root: Path, head: Path):
         ("rg.sample", ["+experiment=pose_control", "scheduler=eular"], "eular"),
     ],
 )
-def test_bad_input_is_one_clear_error(workplace: Path, root: Path, module: str, overrides: list[str], named: str):
-    done = run(workplace, root, module, *overrides)
+def test_bad_input_is_one_clear_error(place: Path, root: Path, module: str, overrides: list[str], named: str):
+    done = run(place, root, module, *overrides)
     message = done.stderr.strip().splitlines()
     assert done.returncode != 0
     assert named in done.stderr
