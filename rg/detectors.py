@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rg.models import locate
 from rg.points import KEYPOINTS, peaks
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -137,18 +138,19 @@ class KeypointDetector(nn.Module):
         config.replace(target / CONFIG)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
-        """Reads a detector written by `save_pretrained`, in float32, ready to judge.
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
+        """Reads a detector written by `save_pretrained`, or a shipped one by its name, in float32, ready to judge.
 
         Raises:
-            FileNotFoundError: a file is missing; the message names it.
+            FileNotFoundError: the folder or a file is missing; the message names it.
         """
+        folder = locate(folder)
         for name in (CONFIG, WEIGHTS):
-            if not (Path(folder) / name).is_file():
+            if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no {name}: run python -m experiments.train_detector")
-        config: dict[str, Any] = json.loads((Path(folder) / CONFIG).read_text())
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
         detector = cls(**config)
-        detector.load_state_dict(load_file(Path(folder) / WEIGHTS))
+        detector.load_state_dict(load_file(folder / WEIGHTS))
         return detector.to(device).eval()
 
 
