@@ -1,4 +1,5 @@
-"""Renders marionettes: people made of capsules on a ground under a sky, with labels that are right by construction.
+"""Renders marionettes: people made of capsules among a few things on a ground under a sky, with labels that are right by
+construction.
 
 Scenes are drawn one by one from their seeds; geometry and rays are one batch, in which a seed keeps its bits.
 """
@@ -12,23 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.marionette.body import PARTS
-from data_prep.marionette.people import keypoints, stage
-from data_prep.marionette.rays import cast
-from data_prep.marionette.scene import (
-    COLORS,
-    EYES,
-    GROUNDS,
-    HAIRS,
-    KINDS,
-    MAX_PEOPLE,
-    SKIES,
-    SKINS,
-    Scene,
-    draw_scene,
-)
+from data_prep.marionette.labels import area_mean, edges, majority
+from data_prep.marionette.people import CAPSULE_INSTANCE, CAPSULE_LABEL, LABELS, Stage, keypoints, set_stage
+from data_prep.marionette.rays import Capsules, Hits, cast, dot
+from data_prep.marionette.scene import FOCAL, KINDS, MAX_PEOPLE, Pairs, Scene, draw_scene
+from data_prep.marionette.surfaces import Backdrop, backdrop, cast_shadows, light_directions, shade
+from data_prep.marionette.words import ATTRIBUTES, COLORS, GROUNDS, HAIRS, SKIES, SKINS, UNSEEN_PAIRS, VOCABULARY
 
-__all__ = ["COLORS", "EYES", "GROUNDS", "HAIRS", "KINDS", "SKIES", "SKINS", "Stills", "render", "render_scenes"]
+__all__ = [
+    "ATTRIBUTES",
+    "COLORS",
+    "GROUNDS",
+    "HAIRS",
+    "KINDS",
+    "LABELS",
+    "SKIES",
+    "SKINS",
+    "UNSEEN_PAIRS",
+    "VOCABULARY",
+    "Stills",
+    "render",
+    "render_scenes",
+]
 
 CHUNK_RAYS = 8 * 128 * 128  # rays computed at once: what stays in a core's cache
 
@@ -40,11 +46,13 @@ class Stills:
     image: (B,3,H,W) uint8 RGB.
     keypoints: (B,P,18,3) float32 (x, y, visible) in pixels, ordered as rg.points.KEYPOINTS; an absent person is all 0.
         A keypoint outside of the picture keeps its coordinates and is not visible.
-    depth: (B,H,W) float32 world z averaged over the pixel's area: LARGER IS NEARER. The picture is 2 world units high;
-        people are around 0, the ground goes from -1.2 at the horizon to 0 at the lower border, the sky is at -3.
+    depth: (B,H,W) float32 inverse depth, 1 / world units, averaged over the pixel's area: LARGER IS NEARER, the sky is 0.
     instances: (B,H,W) uint8: 0 background, i the i-th person: whoever has the largest share of the pixel's area, on a
         tie the higher number.
-    identity: per picture and person, words for shirt, trousers, skin, hair, eye, hat (or None), and glasses (bool).
+    parts: (B,H,W) uint8 indices in LABELS, by the same rule.
+    edges: (B,H,W) bool: of two neighbouring pixels of different parts or people, or with a jump in depth, the nearer.
+    identity: per picture and person, see scene.Person.
+    attributes: what can be read from the picture, see words.ATTRIBUTES.
     prompt: the captions. kind: keys of KINDS.
     """
 
@@ -52,62 +60,66 @@ class Stills:
     keypoints: Tensor
     depth: Tensor
     instances: Tensor
+    parts: Tensor
+    edges: Tensor
     identity: list[list[dict[str, Any]]]
+    attributes: list[dict[str, str]]
     prompt: list[str]
     kind: list[str]
 
 
-def background(scenes: Sequence[Scene], side: int) -> tuple[Tensor, Tensor]:
-    """Sky and ground of each row of rays: color (3,B,side) 0..255 and depth (B,side), float64."""
-    skies, grounds = [SKIES[scene.sky] for scene in scenes], [GROUNDS[scene.ground] for scene in scenes]
-    top, bottom, ground = (
-        torch.tensor(colors).double().T[..., None]
-        for colors in ([sky.top for sky in skies], [sky.bottom for sky in skies], grounds)
-    )
-    brightness = torch.tensor([[sky.brightness] for sky in skies]).double()
-    horizon = torch.tensor([[scene.horizon] for scene in scenes]).double()
-    y = 1 - (torch.arange(side).double() + 0.5) / side * 2
-    fall = ((1 - y) / (1 - horizon)).clamp(0, 1)
-    near = (horizon - y) / (horizon + 1.0001)
-    below = y < horizon
-    color = torch.where(below, ground * brightness * (0.75 + 0.25 * near), top * (1 - fall) + bottom * fall)
-    return color, torch.where(below, 1.2 * near - 1.2, -3.0)
+def _color_hits(stage: Stage, hits: Hits, light: Tensor, brightness: Tensor, side: int) -> Tensor:
+    """The colours (3,H) of what the rays hit."""
+    scene = hits.ray // side**2
+    start = stage.seen.start.float().flatten(1)[:, hits.capsule]
+    axes = stage.frames.float().flatten(2)[:, :, hits.capsule]
+    offset = hits.point - start
+    own = torch.stack([dot(axis, offset) for axis in axes])
+    return stage.paint.look(own, hits.capsule) * shade(hits.normal, light[:, scene]) * brightness[scene]
 
 
-def _area_mean(cells: Tensor, factor: int) -> Tensor:
-    """Averages blocks of `factor` x `factor` cells of (..., H, W), added one by one: a sum whose order is known."""
-    corners = [(i, j) for i in range(factor) for j in range(factor)]
-    return sum(cells[..., i::factor, j::factor] for i, j in corners) / factor**2
+def _move(value: Any, device: torch.device) -> Any:
+    """A tensor, or a dataclass of tensors, on another device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return type(value)(**{field.name: _move(getattr(value, field.name), device) for field in fields(value)})
 
 
-def render_scenes(scenes: Sequence[Scene], *, resolution: int, supersampling: int) -> Stills:
+def render_scenes(
+    scenes: Sequence[Scene], *, resolution: int, supersampling: int, device: str | torch.device = "cpu"
+) -> Stills:
     """Renders given scenes in one batch; arguments and result as of `render`."""
     side = resolution * supersampling
-    people = stage(scenes)
-    hits = cast(people.capsules, side)
-    light = torch.tensor([[scene.light_x, 0.7, 0.7] for scene in scenes]).double().T
-    light = light / (light[0] * light[0] + light[1] * light[1] + light[2] * light[2]).sqrt()
-    brightness = torch.tensor([SKIES[scene.sky].brightness for scene in scenes])
-    scene = hits.ray // side**2
-    nx, ny, nz = hits.normal * light.float()[:, scene]
-    # Lambert's law over an ambient share.
-    shade = ((nx + ny + nz).clamp(0, 1) * 0.65 + 0.4) * brightness[scene]
+    stage = set_stage(scenes)
+    joints = keypoints(stage, resolution)
+    light = light_directions(scenes)
+    brightness = torch.tensor([SKIES[scene.sky].brightness for scene in scenes], device=device)
+    stage, light = _move(stage, torch.device(device)), light.to(device)
+    scenery: Backdrop = backdrop(scenes, stage.views, cast_shadows(stage.world, stage.views, light, side), side)
+    hits = cast(stage.seen, side, FOCAL)
+    kind, instance = (table.to(device)[hits.capsule % len(table)] for table in (CAPSULE_LABEL, CAPSULE_INSTANCE))
 
-    rows, row_depth = background(scenes, side)
-    image = rows.float()[..., None].repeat(1, 1, 1, side).flatten(1)
-    depth = row_depth.float()[..., None].repeat(1, 1, side).flatten()
-    owner = torch.zeros_like(depth)
-    image[:, hits.ray] = people.color.float().flatten(1)[:, hits.capsule] * shade
-    depth[hits.ray] = hits.z
-    owner[hits.ray] = (hits.capsule % people.color.shape[2] // len(PARTS) + 1).float()
-    image, depth, owner = (cells.unflatten(-1, (len(scenes), side, side)) for cells in (image, depth, owner))
-    shares = torch.stack([_area_mean((owner == i).float(), supersampling) for i in range(MAX_PEOPLE, -1, -1)])
+    image, inverse = scenery.color, 1 / scenery.depth
+    owner = torch.zeros_like(inverse, dtype=torch.uint8)
+    part = scenery.ground.to(torch.uint8)
+    image[:, hits.ray] = _color_hits(stage, hits, stage.views.turn(light).float(), brightness, side)
+    # A thing far off may stand behind the crest of the ground; nothing lies below the ground.
+    inverse[hits.ray], owner[hits.ray], part[hits.ray] = 1 / hits.depth, instance.to(torch.uint8), kind.to(torch.uint8)
+    image, inverse, owner, part = (
+        cells.unflatten(-1, (len(scenes), side, side)).cpu() for cells in (image, inverse, owner, part)
+    )
+    depth, instances, parts = (
+        area_mean(inverse, supersampling), majority(owner, supersampling), majority(part, supersampling)
+    )  # fmt: skip
     return Stills(
-        image=_area_mean(image, supersampling).clamp(0, 255).to(torch.uint8).movedim(0, 1),
-        keypoints=keypoints(people, resolution),
-        depth=_area_mean(depth, supersampling),
-        instances=(MAX_PEOPLE - shares.argmax(0)).to(torch.uint8),
+        image=(area_mean(image, supersampling).clamp(0, 255) + 0.5).to(torch.uint8).movedim(0, 1),
+        keypoints=joints,
+        depth=depth,
+        instances=instances,
+        parts=parts,
+        edges=edges(depth, parts.int() + 256 * instances.int()),
         identity=[[person.identity for person in scene.people] for scene in scenes],
+        attributes=[scene.attributes for scene in scenes],
         prompt=[scene.prompt for scene in scenes],
         kind=[scene.kind for scene in scenes],
     )
@@ -119,6 +131,8 @@ def render(
     resolution: int = 64,
     supersampling: int = 2,
     kinds: Mapping[str, float] = KINDS,
+    pairs: Pairs = "seen",
+    device: str | torch.device = "cpu",
 ) -> Stills:
     """Draws and renders one picture per seed; a seed gives the same bits in any batch.
 
@@ -127,9 +141,11 @@ def render(
         resolution: side of the pictures in pixels.
         supersampling: rays per pixel along each axis; picture and depth are averages over the pixel's area.
         kinds: probabilities of the kinds of scene, keys of KINDS, 1 in sum.
+        pairs: "seen" leaves out the pairs of colours in UNSEEN_PAIRS, "unseen" draws them alone.
+        device: where rays are cast; the result is on the CPU, and the same on every device up to rounding.
 
     Raises:
-        ValueError: no seed, a size below 1, an unknown kind, or probabilities that are none.
+        ValueError: no seed, a size below 1, an unknown kind or pairs, or probabilities that are none.
     """
     if not seeds:
         raise ValueError("expected at least one seed, got none")
@@ -137,10 +153,12 @@ def render(
         raise ValueError(f"expected resolution and supersampling of at least 1, got {resolution} and {supersampling}")
     if not kinds or not set(kinds) <= set(KINDS) or min(kinds.values()) < 0 or not math.isclose(sum(kinds.values()), 1):
         raise ValueError(f"expected kinds to give {sorted(KINDS)} probabilities that sum to 1, got {dict(kinds)}")
-    scenes = [draw_scene(seed, kinds) for seed in seeds]
+    if pairs not in ("seen", "unseen"):
+        raise ValueError(f"expected pairs to be seen or unseen, got {pairs}")
+    scenes = [draw_scene(seed, kinds, pairs) for seed in seeds]
     chunk = max(1, CHUNK_RAYS // (resolution * supersampling) ** 2)
     stills = [
-        render_scenes(scenes[i : i + chunk], resolution=resolution, supersampling=supersampling)
+        render_scenes(scenes[i : i + chunk], resolution=resolution, supersampling=supersampling, device=device)
         for i in range(0, len(scenes), chunk)
     ]
     columns = {field.name: [getattr(still, field.name) for still in stills] for field in fields(Stills)}

@@ -1,4 +1,4 @@
-"""The people of a batch of scenes: their capsules, their joints, and which joints the camera sees."""
+"""All that stands in a batch of scenes, seen from their cameras: capsules, frames, paints; joints and which are visible."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,74 +7,143 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.marionette.body import CLEAR, KEYPOINT_RADIUS, PARTS, SHOWS, body_points, palette, place_body
-from data_prep.marionette.rays import Capsules, surface
-from data_prep.marionette.scene import MAX_PEOPLE, POSE, Scene
+from data_prep.marionette.body import (
+    CLEAR,
+    KEYPOINT_RADIUS,
+    PARTS,
+    SHOWS,
+    Turn,
+    body_points,
+    palette,
+    stand,
+)
+from data_prep.marionette.camera import Views, place_cameras, to_pixels
+from data_prep.marionette.rays import Capsules, intersect
+from data_prep.marionette.scene import MAX_PEOPLE, MAX_THINGS, POSE, SHAPE, Scene
+from data_prep.marionette.surfaces import PLAIN, Paint, paint_part, paint_thing
+from data_prep.marionette.things import THING_PARTS, thing_capsules
 from rg.points import KEYPOINTS, inside
+
+PEOPLE_PARTS = MAX_PEOPLE * len(PARTS)
+# Label maps of parts: their values index this.
+LABELS = ("sky", "ground", "thing", *dict.fromkeys(part.label for part in PARTS))
+# The label and the instance (0 nobody, i the i-th person) of every capsule of a scene.
+CAPSULE_LABEL = torch.tensor(
+    [LABELS.index(part.label) for part in PARTS] * MAX_PEOPLE + [LABELS.index("thing")] * MAX_THINGS * THING_PARTS
+)
+CAPSULE_INSTANCE = torch.tensor(
+    [person + 1 for person in range(MAX_PEOPLE) for _ in PARTS] + [0] * MAX_THINGS * THING_PARTS
+)
 
 
 @dataclass(frozen=True)
-class People:
-    """Everybody in B scenes of at most P people, in float64.
+class Stage:
+    """Everything in B scenes, float64, N capsules per scene: P people's parts, then things.
 
-    capsules: N = P x parts per scene, person by person. color: (3,B,N) RGB 0..255. joints: (3,B,P,18) world units.
-    scale: (B,P) world units per body unit, 0 for an absent person.
+    world, seen: the capsules in the world and in the cameras' axes. frames: (3,3,B,N) axes of every capsule, axis first,
+    in the cameras' axes. paint: of every capsule. joints: (3,B,P,18) in the cameras' axes. present: (B,P) bool.
+    views: the cameras.
     """
 
-    capsules: Capsules
-    color: Tensor
+    world: Capsules
+    seen: Capsules
+    frames: Tensor
+    paint: Paint
     joints: Tensor
-    scale: Tensor
+    present: Tensor
+    views: Views
 
 
-def stage(scenes: Sequence[Scene]) -> People:
-    """Poses, places and paints everybody in `scenes`."""
+def _turns(angles: np.ndarray) -> dict[str, Turn]:
+    """Cosine and sine, (B,P) each, of the angles (B,P,number of POSE)."""
+    cosine, sine = np.ones_like(angles), np.zeros_like(angles)
+    for place in np.ndindex(angles.shape[:2]):
+        # Person by person: a vectorised cosine may depend in its last bit on the length of the array.
+        cosine[place], sine[place] = np.cos(angles[place]), np.sin(angles[place])
+    turns = zip(torch.from_numpy(cosine).unbind(-1), torch.from_numpy(sine).unbind(-1), strict=True)
+    return dict(zip(POSE, turns, strict=True))
+
+
+def set_stage(scenes: Sequence[Scene]) -> Stage:
+    """Builds, poses, places and paints everything in `scenes`."""
     shape = (len(scenes), MAX_PEOPLE)
-    cosine, sine = np.ones((*shape, len(POSE))), np.zeros((*shape, len(POSE)))
-    scale, place = np.zeros(shape), np.zeros((3, *shape))
-    worn, color = np.zeros((*shape, len(PARTS))), np.zeros((*shape, len(PARTS), 3))
+    angles, builds = np.zeros((*shape, len(POSE))), np.ones((*shape, len(SHAPE)))
+    place, present = torch.zeros(2, *shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.bool)
+    worn = torch.zeros(*shape, len(PARTS), dtype=torch.float64)
+    paints = [[PLAIN] * (PEOPLE_PARTS + MAX_THINGS * THING_PARTS) for _ in scenes]
     for b, scene in enumerate(scenes):
         for p, person in enumerate(scene.people):
-            # Person by person: a vectorised cosine may depend in its last bit on the length of the array.
-            angles = np.array([person.pose[name] for name in POSE])
-            cosine[b, p], sine[b, p] = np.cos(angles), np.sin(angles)
-            scale[b, p], place[:2, b, p] = person.scale, person.place
+            angles[b, p] = [person.pose[name] for name in POSE]
+            builds[b, p] = [person.identity[name] for name in SHAPE]
+            place[:, b, p], present[b, p] = torch.tensor(person.place), True
             colors = palette(person.identity)
-            worn[b, p] = [part.paint in colors for part in PARTS]
-            color[b, p] = [colors.get(part.paint, (0, 0, 0)) for part in PARTS]
-    turns = zip(torch.from_numpy(cosine).unbind(-1), torch.from_numpy(sine).unbind(-1), strict=True)
-    portrait = torch.tensor([[scene.kind == "portrait"] for scene in scenes])
-    sizes = torch.from_numpy(scale)
-    points = place_body(body_points(dict(zip(POSE, turns, strict=True))), sizes, torch.from_numpy(place), portrait)
-    radius = torch.from_numpy(worn) * torch.tensor([part.radius for part in PARTS]).double()
-    bodies = Capsules(
-        start=torch.stack([points[part.start] for part in PARTS], -1).flatten(2),
-        end=torch.stack([points[part.end] for part in PARTS], -1).flatten(2),
-        radius=(sizes[..., None] * radius).flatten(1),
+            worn[b, p] = torch.tensor([part.paint in colors for part in PARTS])
+            first = p * len(PARTS)
+            paints[b][first : first + len(PARTS)] = [paint_part(part, colors, person) for part in PARTS]
+        for i, thing in enumerate(scene.things):
+            first = PEOPLE_PARTS + i * THING_PARTS
+            paints[b][first : first + THING_PARTS] = paint_thing(thing)
+    build = dict(zip(SHAPE, torch.from_numpy(builds).unbind(-1), strict=True))
+    points, frames = body_points(_turns(angles), build)
+    points = stand(points, place)
+    views = place_cameras(scenes, points["head"][:, :, 0])
+    growth = torch.stack([build[part.girth] for part in PARTS], -1)
+    radius = worn * growth * torch.tensor([part.radius for part in PARTS], dtype=torch.float64)
+    things = thing_capsules(scenes)
+    world = Capsules(
+        start=torch.cat([torch.stack([points[part.start] for part in PARTS], -1).flatten(2), things.start], -1),
+        end=torch.cat([torch.stack([points[part.end] for part in PARTS], -1).flatten(2), things.end], -1),
+        radius=torch.cat([radius.flatten(1), things.radius], -1),
     )
-    joints = torch.stack([points[name] for name in KEYPOINTS], -1)
-    return People(bodies, torch.from_numpy(color).movedim(-1, 0).flatten(2), joints, sizes)
+    axes = torch.stack([torch.stack([frames[part.frame][i] for part in PARTS], -1) for i in range(3)])
+    upright = torch.eye(3, dtype=torch.float64)[..., None, None].expand(
+        *things.start.shape[:1], 3, *things.radius.shape
+    )
+    axes = torch.cat([axes.flatten(3), upright], -1)
+    return Stage(
+        world=world,
+        seen=Capsules(views.see(world.start), views.see(world.end), world.radius),
+        frames=torch.stack([views.turn(axis) for axis in axes]),
+        paint=Paint.stack(paints),
+        joints=views.see(torch.stack([points[name] for name in KEYPOINTS], -1)),
+        present=present,
+        views=views,
+    )
 
 
-def visible(people: People) -> Tensor:
+def first_depth(stage: Stage, points: Tensor, *, glasses: bool = False) -> tuple[Tensor, Tensor]:
+    """What rays from the cameras through points (3,B,...) meet first: its depth and its capsule, each (B,...).
+
+    Args:
+        glasses: whether glasses count, or are looked through.
+    """
+    shape = (len(stage.present), *[1] * (points.ndim - 2), -1)
+    start, end = (ends.view(3, *shape) for ends in (stage.seen.start, stage.seen.end))
+    direction = points / -points[2]
+    depth = intersect(
+        torch.zeros_like(points)[..., None], direction[..., None], start, end, stage.seen.radius.view(shape)
+    )
+    clear = torch.zeros(stage.seen.radius.shape[-1], dtype=torch.bool)
+    clear[:PEOPLE_PARTS] = CLEAR.repeat(MAX_PEOPLE) & (not glasses)
+    gone = clear | (stage.seen.radius.view(shape) <= 0) | (depth <= 0)
+    return depth.masked_fill(gone, torch.inf).min(-1)
+
+
+def visible(stage: Stage) -> Tensor:
     """Which joints the camera would see in an endless picture: bool (B,P,18).
 
     On the ray through the joint itself, the front-most part must show the joint, or be a part of the same person that
-    lies less than the joint's radius in front of it. Another person in front always hides it; glasses hide nothing.
+    lies less than the joint's radius in front of it. Another person or a thing in front always hides it; glasses hide
+    nothing.
     """
-    x, y, z = people.joints
-    start, end = (ends[:, :, None, None] for ends in (people.capsules.start, people.capsules.end))
-    heights, _ = surface(start, end, people.capsules.radius[:, None, None], x[..., None], y[..., None])
-    front, part = heights.masked_fill(CLEAR.repeat(MAX_PEOPLE), -torch.inf).max(-1)
-    own = part // len(PARTS) == torch.arange(MAX_PEOPLE)[:, None]
-    shown = own & SHOWS[torch.arange(len(KEYPOINTS)), part % len(PARTS)]
-    return shown | (front - z < own * KEYPOINT_RADIUS * people.scale[..., None])
+    front, capsule = first_depth(stage, stage.joints)
+    own = CAPSULE_INSTANCE[capsule] == torch.arange(1, MAX_PEOPLE + 1)[:, None]
+    shown = own & SHOWS[torch.arange(len(KEYPOINTS)), capsule % len(PARTS)]
+    return shown | (-stage.joints[2] - front < own * KEYPOINT_RADIUS)
 
 
-def keypoints(people: People, resolution: int) -> Tensor:
+def keypoints(stage: Stage, resolution: int) -> Tensor:
     """The joints as (B,P,18,3) float32 (x, y, visible) in pixels of a picture of side `resolution`."""
-    x, y, _ = people.joints
-    points = torch.stack([(x + 1) / 2 * resolution - 0.5, (1 - y) / 2 * resolution - 0.5], -1)
-    seen = visible(people) & inside(points, (resolution, resolution))
-    present = (people.scale > 0)[..., None, None]
-    return (torch.cat([points, seen[..., None]], -1) * present).float()
+    points = to_pixels(stage.joints, resolution)
+    seen = visible(stage) & inside(points, (resolution, resolution)) & (stage.joints[2] < 0)
+    return (torch.cat([points, seen[..., None]], -1) * stage.present[..., None, None]).float()

@@ -1,7 +1,9 @@
-"""An exact ray-caster for capsules: an orthographic camera that looks along -z at the square [-1, 1] x [-1, 1].
+"""An exact ray-caster for capsules, in the axes of a camera at the origin that looks along -z: x right, y up.
 
-Only pairs of a ray and a capsule whose bounding box holds it are computed, all of them at once. The arithmetic is
-element-wise and the nearest hit is a maximum, so that a scene gets the same bits whatever shares its batch.
+A ray goes through (u, v, -1), u and v being picture coordinates over the focal length, so that the distance along a ray
+is the depth in front of the camera. Only pairs of a ray and a capsule whose box on the picture holds it are computed, all
+of them at once. The arithmetic is element-wise and the nearest hit is a minimum, so that a scene gets the same bits
+whatever shares its batch.
 """
 
 from dataclasses import dataclass
@@ -9,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NEAR = 0.05  # world units in front of the camera from which on things are seen
+
 
 @dataclass(frozen=True)
 class Capsules:
-    """B scenes of N capsules each, in world units (x right, y up, z towards the camera); radius 0 is no capsule.
+    """B scenes of N capsules each, in world units; radius 0 is no capsule.
 
     start, end: (3,B,N) ends of the axes, equal for a sphere. radius: (B,N).
     """
@@ -26,80 +30,135 @@ class Capsules:
 class Hits:
     """What the rays of B scenes meet first; rays that meet nothing are left out, H remain.
 
-    ray: (H,) row-major index in 0..B*side*side-1. capsule: (H,) index in 0..B*N-1. z: (H,) float32 world units.
-    normal: (3,H) outward unit normals.
+    ray: (H,) row-major index in 0..B*side*side-1. capsule: (H,) index in 0..B*N-1. depth: (H,) float32 world units.
+    point: (3,H) where. normal: (3,H) outward unit normals.
     """
 
     ray: Tensor
     capsule: Tensor
-    z: Tensor
+    depth: Tensor
+    point: Tensor
     normal: Tensor
 
 
-def surface(start: Tensor, end: Tensor, radius: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Where rays that come down along -z first meet capsules; everything broadcasts.
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Scalar product of vectors (3, ...), its three terms added in order."""
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
-    A capsule is the union of the spheres centred on its axis. Over the share f of the axis, the front of the sphere
-    under the ray, z(f) = f dz + sqrt(r^2 - |p - f d|^2) with p the ray's and d the axis' offset from `start` in the
-    picture plane, is concave; its maximum has the closed form below and is clamped to the ends.
+
+def intersect(origin: Tensor, direction: Tensor, start: Tensor, end: Tensor, radius: Tensor) -> Tensor:
+    """How many `direction`s along a ray a capsule begins; everything broadcasts.
+
+    A ray meets the round wall if the quadratic a t^2 + 2 b t + c for its distance from the axis has a root there, else
+    the sphere at the nearer end.
 
     Args:
-        start, end: (3, ...). radius: (...). x, y: (...), the rays.
+        origin, direction: (3, ...), the rays. start, end: (3, ...). radius: (...).
 
     Returns:
-        z (...) of the hit, -inf for a miss, and (3, ...) from the nearest point of the axis to the hit (length radius).
+        (...), inf for a miss; negative behind the origin.
     """
-    dx, dy, dz = end - start
-    px, py = x - start[0], y - start[1]
-    flat = (dx * dx + dy * dy).sqrt().clamp_min(1e-9)
-    along, across = (px * dx + py * dy) / flat, (px * dy - py * dx) / flat
-    reach = (radius * radius - across * across).clamp_min(0).sqrt()
-    share = ((along + reach * dz / (flat * flat + dz * dz).sqrt()) / flat).clamp(0, 1)
-    ex, ey = px - share * dx, py - share * dy
-    square = radius * radius - ex * ex - ey * ey
-    ez = square.clamp_min(0).sqrt()
-    return torch.where(square > 0, start[2] + share * dz + ez, -torch.inf), torch.stack([ex, ey, ez])
+    axis, offset = end - start, origin - start
+    along, length = dot(axis, direction), dot(axis, axis)
+    square, across = dot(direction, direction), dot(direction, offset)
+    before = dot(axis, offset)
+    a = length * square - along * along
+    b = length * across - before * along
+    c = length * (dot(offset, offset) - radius * radius) - before * before
+    root = b * b - a * c
+    wall = (-b - root.clamp_min(0).sqrt()) / a.clamp_min(1e-12)
+    share = before + wall * along
+    # A ray along the axis, and any ray at a sphere, has no wall to meet.
+    flat = a > 1e-9 * length * square
+    end_first = torch.where(flat, share > 0, along < 0) & (length > 0)
+    offset = torch.where(end_first, origin - end, offset)
+    across = dot(direction, offset)
+    cap = across * across - square * (dot(offset, offset) - radius * radius)
+    cap_hit = torch.where(cap > 0, (-across - cap.clamp_min(0).sqrt()) / square, torch.inf)
+    on_wall = flat & (share > 0) & (share < length)
+    return torch.where(flat & (root <= 0), torch.inf, torch.where(on_wall, wall, cap_hit))
 
 
-def fragments(bodies: Capsules, side: int) -> tuple[Tensor, Tensor]:
-    """Every pair of a capsule and a ray in its bounding box, of `side` x `side` rays per scene.
+def normals(point: Tensor, start: Tensor, end: Tensor, radius: Tensor) -> Tensor:
+    """Outward unit normals (3, ...) of capsules at points on their surface."""
+    axis, offset = end - start, point - start
+    share = (dot(axis, offset) / dot(axis, axis).clamp_min(1e-12)).clamp(0, 1)
+    return (offset - share * axis) / radius
+
+
+def box(center: Tensor, radius: Tensor, focal: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Left, right, bottom and top, in halves of the picture, of what holds the picture of a cube around a center.
+
+    Args:
+        center: (3, ...) in the camera's axes. radius: (...), half of the cube's side; what is nearer than NEAR is cut off.
+    """
+    near = (-center[2] - radius).clamp_min(NEAR)
+    far = (-center[2] + radius).clamp_min(NEAR)
+
+    def span(middle: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = middle - radius, middle + radius
+        return focal * torch.minimum(low / near, low / far), focal * torch.maximum(high / near, high / far)
+
+    return *span(center[0]), *span(center[1])
+
+
+def fragments(left: Tensor, right: Tensor, bottom: Tensor, top: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Every pair of a box and a ray in it, of `side` x `side` rays per scene through the centres of cells, row 0 on top.
+
+    Args:
+        left, right, bottom, top: (B,N) in halves of the picture; an empty box has right < left.
 
     Returns:
-        indices of rays (M,) and of capsules (M,) as in Hits, ordered by capsule.
+        row-major indices of rays (M,) in 0..B*side*side-1 and of boxes (M,) in 0..B*N-1, ordered by box.
     """
-    scenes, capsules = bodies.radius.shape
-    low, high = torch.minimum(bodies.start, bodies.end), torch.maximum(bodies.start, bodies.end)
 
-    def span(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        first = ((lower + 1) / 2 * side - 0.5).ceil().clamp_min(0)
-        last = ((upper + 1) / 2 * side - 0.5).floor().clamp_max(side - 1)
+    def span(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        first = ((low + 1) / 2 * side - 0.5).clamp(-1, side).ceil().clamp_min(0)
+        last = ((high + 1) / 2 * side - 0.5).clamp(-1, side).floor().clamp_max(side - 1)
         return first.long().flatten(), (last - first + 1).clamp_min(0).long().flatten()
 
-    left, width = span(low[0] - bodies.radius, high[0] + bodies.radius)
-    top, height = span(-high[1] - bodies.radius, -low[1] + bodies.radius)
-    count = width * height * (bodies.radius > 0).flatten()
-    scene = torch.arange(scenes, device=count.device).repeat_interleave(capsules)
-    corner = (scene * side + top) * side + left
-    capsule = torch.repeat_interleave(count)
-    order = torch.arange(len(capsule), device=count.device) - (count.cumsum(0) - count)[capsule]
-    row = order // width[capsule]
-    return corner[capsule] + order + row * (side - width[capsule]), capsule
+    scenes, boxes = left.shape
+    first_column, width = span(left, right)
+    first_row, height = span(-top, -bottom)
+    count = width * height
+    scene = torch.arange(scenes, device=count.device).repeat_interleave(boxes)
+    corner = (scene * side + first_row) * side + first_column
+    index = torch.repeat_interleave(count)
+    order = torch.arange(len(index), device=count.device) - (count.cumsum(0) - count)[index]
+    row = order // width[index]
+    return corner[index] + order + row * (side - width[index]), index
 
 
-def nearest(z: Tensor, ray: Tensor, rays: int) -> Tensor:
-    """Which of M fragments each of `rays` rays meets first, on a tie the one listed first; z and ray are (M,)."""
-    best = z.new_full((rays,), -torch.inf).scatter_reduce(0, ray, z, "amax")
-    front = ((z == best[ray]) & (z > -torch.inf)).nonzero().squeeze(1)
+def nearest(depth: Tensor, ray: Tensor, rays: int) -> Tensor:
+    """Which of M fragments each of `rays` rays meets first, on a tie the one listed first; depth and ray are (M,)."""
+    best = depth.new_full((rays,), torch.inf).scatter_reduce(0, ray, depth, "amin")
+    front = ((depth == best[ray]) & (depth < torch.inf)).nonzero().squeeze(1)
     first = ray.new_full((rays,), len(ray)).scatter_reduce(0, ray[front], front, "amin")
     return first[first < len(ray)]
 
 
-def cast(bodies: Capsules, side: int) -> Hits:
-    """Casts `side` x `side` rays through the centres of the cells of each scene's square, row 0 on top."""
-    ray, capsule = fragments(bodies, side)
+def directions(ray: Tensor, side: int, focal: float) -> Tensor:
+    """The rays of these indices, (3,M) float32."""
+    centers = ((torch.arange(side, device=ray.device) + 0.5) / side * 2 - 1) / focal
+    x, y = centers[ray % side], -centers[ray // side % side]
+    return torch.stack([x, y, torch.full_like(x, -1)])
+
+
+def cast(bodies: Capsules, side: int, focal: float) -> Hits:
+    """Casts `side` x `side` rays at each scene's capsules, given in the camera's axes."""
+    ends = [box(end, bodies.radius, focal) for end in (bodies.start, bodies.end)]
+    left, right, bottom, top = (
+        choose(a, b) for choose, a, b in zip((torch.minimum, torch.maximum) * 2, *ends, strict=True)
+    )
+    there = (bodies.radius > 0) & (torch.minimum(-bodies.start[2], -bodies.end[2]) > NEAR)
+    ray, capsule = fragments(left, torch.where(there, right, left - 3), bottom, top, side)
     start, end = (ends.float().flatten(1)[:, capsule] for ends in (bodies.start, bodies.end))
     radius = bodies.radius.float().flatten()[capsule]
-    centers = (torch.arange(side, device=ray.device) + 0.5) / side * 2 - 1
-    z, offset = surface(start, end, radius, centers[ray % side], -centers[ray // side % side])
-    front = nearest(z, ray, len(bodies.radius) * side * side)
-    return Hits(ray=ray[front], capsule=capsule[front], z=z[front], normal=offset[:, front] / radius[front])
+    direction = directions(ray, side, focal)
+    # Measured from beside the capsule, where single precision is finest.
+    ahead = -start[2]
+    depth = ahead + intersect(direction * ahead, direction, start, end, radius)
+    front = nearest(torch.where(depth > NEAR, depth, torch.inf), ray, len(bodies.radius) * side * side)
+    point = direction[:, front] * depth[front]
+    normal = normals(point, start[:, front], end[:, front], radius[front])
+    return Hits(ray[front], capsule[front], depth[front], point, normal)

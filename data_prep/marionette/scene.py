@@ -1,159 +1,261 @@
-"""What a marionette scene is made of: the attribute vocabularies, the ranges, and the draw of one scene from a seed.
+"""What a marionette scene is made of, the ranges of all that varies, and the draw of one scene from a seed.
 
-Lengths are in world units: the picture spans [-1, 1] in x (right) and y (up); z grows towards the camera.
-Angles are in radians. The shipped diffusion model was trained on exactly this distribution.
+World units: a person is about 1.7 units tall. x and z span the ground, y points up. Angles are in radians, turns about y
+are right-handed (a yaw of 0 faces +z). The shipped diffusion model was trained on exactly this distribution.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.random import Generator, SeedSequence, default_rng
 
-Rgb = tuple[int, int, int]
+from data_prep.marionette.words import (
+    COLORS,
+    EYES,
+    GROUNDS,
+    HAIRS,
+    LENGTHS,
+    SKIES,
+    SKINS,
+    UNSEEN_PAIRS,
+    describe_person,
+    describe_scene,
+    read_person,
+)
+
 Range = tuple[float, float]
+Pairs = Literal["seen", "unseen"]
 
+FOCAL = 3.0  # focal length in halves of the picture's side: the picture sees 18 degrees to each side
 
-@dataclass(frozen=True)
-class Sky:
-    """A sky: RGB at the top of the picture and at the horizon, and the brightness of everything lit under it."""
-
-    top: Rgb
-    bottom: Rgb
-    brightness: float
-
-
-@dataclass(frozen=True)
-class Spot:
-    """Where one person may stand: world units per body unit, and the place of the feet (in a portrait: of the head)."""
-
-    scale: Range
-    x: Range
-    y: Range
-
-
-# The colours of shirts, trousers and hats. The words of all vocabularies are the words of prompts and identities.
-COLORS: dict[str, Rgb] = {
-    "red": (200, 40, 40), "blue": (45, 80, 190), "green": (50, 150, 60), "yellow": (225, 195, 50),
-    "white": (230, 230, 230), "black": (40, 40, 45), "orange": (230, 125, 35), "purple": (125, 60, 160),
-}  # fmt: skip
-SKINS: dict[str, Rgb] = {"pale": (245, 205, 175), "tan": (215, 160, 120), "brown": (150, 100, 70), "dark": (95, 62, 45)}
-HAIRS: dict[str, Rgb] = {"black": (30, 22, 18), "brown": (95, 60, 30), "blond": (205, 165, 85), "ginger": (160, 65, 30)}
-EYES: dict[str, Rgb] = {"blue": (60, 110, 190), "green": (60, 140, 80), "brown": (85, 50, 25)}
-GROUNDS: dict[str, Rgb] = {
-    "grass": (80, 140, 60), "sand": (215, 190, 140), "snow": (235, 240, 245), "road": (90, 90, 95),
-}  # fmt: skip
-SKIES: dict[str, Sky] = {
-    "day": Sky((135, 190, 235), (215, 232, 245), 1.0),
-    "dusk": Sky((70, 60, 120), (240, 150, 90), 0.75),
-    "night": Sky((12, 14, 40), (45, 50, 90), 0.5),
-    "studio": Sky((170, 170, 175), (200, 200, 205), 0.95),
-}
-
-# How often each kind of scene is drawn, and who stands where in it.
+# How often each kind of scene is drawn, and how large its people are: picture halves per world unit at their place.
 KINDS: dict[str, float] = {"one": 0.68, "two": 0.17, "portrait": 0.15}
-SPOTS: dict[str, tuple[Spot, ...]] = {
-    "one": (Spot((0.85, 1.08), (-0.3, 0.3), (-0.93, -0.87)),),
-    "two": (
-        Spot((0.62, 0.85), (-0.57, -0.33), (-0.93, -0.87)),
-        Spot((0.62, 0.85), (0.33, 0.57), (-0.93, -0.87)),
-    ),
-    "portrait": (Spot((2.6, 3.4), (-0.15, 0.15), (-0.05, 0.25)),),
-}
-MAX_PEOPLE = max(len(spots) for spots in SPOTS.values())
+SCALES: dict[str, Range] = {"one": (0.85, 1.08), "two": (0.66, 0.88), "portrait": (2.5, 3.3)}
+MAX_PEOPLE = 2
 
 # Every angle of a pose and its range; "spread" lifts a limb sideways, "swing" turns it about the axis through the hips.
+# Yaw is relative to the camera's.
 POSE: dict[str, Range] = {
-    "yaw": (-1.2, 1.2), "lean_roll": (-0.15, 0.15), "lean_pitch": (-0.2, 0.2),
-    "head_roll": (-0.25, 0.25), "head_pitch": (-0.2, 0.3), "head_yaw": (-0.6, 0.6),
+    "yaw": (-1.3, 1.3), "lean_roll": (-0.2, 0.2), "lean_pitch": (-0.2, 0.35),
+    "head_roll": (-0.25, 0.25), "head_pitch": (-0.25, 0.35), "head_yaw": (-0.65, 0.65),
 } | {
     f"{side}_{angle}": limits
     for side in ("right", "left")
     for angle, limits in {
-        "arm_spread": (0.1, 2.6), "arm_swing": (-1.2, 0.6), "elbow": (0.0, 1.9), "elbow_twist": (-0.4, 0.4),
-        "leg_spread": (0.0, 0.6), "leg_swing": (-1.1, 0.6), "knee": (0.0, 1.3),
+        "arm_spread": (0.05, 2.75), "arm_swing": (-1.4, 0.7), "elbow": (0.0, 2.1), "elbow_twist": (-0.5, 0.5),
+        "leg_spread": (0.0, 0.65), "leg_swing": (-1.2, 0.65), "knee": (0.0, 1.5),
     }.items()
 }  # fmt: skip
 PORTRAIT_YAW: Range = (-0.9, 0.9)
-HORIZON: Range = (-0.45, -0.05)
-LIGHT_X: Range = (-0.7, 0.7)
-BACK_VIEW_SHARE, HAT_SHARE, GLASSES_SHARE = 0.15, 0.3, 0.25
+# The build of a body and of a face, as factors of the average unless a unit is given.
+SHAPE: dict[str, Range] = {
+    "height": (0.92, 1.06), "leg_length": (0.92, 1.08), "arm_length": (0.92, 1.08), "shoulder_width": (0.86, 1.14),
+    "girth": (0.82, 1.2), "limb_girth": (0.85, 1.2), "head_size": (0.92, 1.15), "eye_spacing": (0.8, 1.2),
+    "eye_height": (-0.012, 0.016), "nose_size": (0.7, 1.6), "mouth_width": (0.6, 1.5), "mouth_height": (-0.012, 0.014),
+    "hair_volume": (0.96, 1.07), "hair_fall": (0.16, 0.34),
+}  # fmt: skip  # eye and mouth height and the fall of long hair: world units
+ELEVATION: Range = (-0.11, 0.11)  # of the camera above the point that it looks at
+LIGHT_TURN, LIGHT_HEIGHT = (
+    (-1.1, 1.1),
+    (0.6, 1.1),
+)  # of the light: turn against the camera's yaw, angle above the ground
+BACK_VIEW_SHARE, HAT_SHARE, GLASSES_SHARE, NAMED_HAIR_SHARE = 0.15, 0.3, 0.25, 0.8
+PATTERNS: dict[str, float] = {"plain": 0.55, "stripes": 0.15, "checks": 0.15, "patches": 0.15}  # of shirts and trousers
+THINGS: dict[str, Range] = {
+    "ball": (0.1, 0.2),
+    "rock": (0.12, 0.25),
+    "bush": (0.25, 0.5),
+    "post": (0.6, 1.3),
+    "tree": (1.5, 2.4),
+}
+THING_COUNTS: tuple[float, ...] = (0.6, 0.25, 0.1, 0.05)  # how often a scene has 0, 1, 2, 3 things
+MAX_THINGS = len(THING_COUNTS) - 1
+FRONT_SHARE = 0.25  # of the balls and rocks lie between the camera and the people
 
 
 @dataclass(frozen=True)
 class Person:
-    """One person: identity (words of the vocabularies), pose (the angles of POSE), scale and place as in Spot."""
+    """One person.
+
+    Attributes:
+        identity: words for shirt, trousers, skin, hair, hair_length, eye, hat (or None); glasses (bool); the numbers of
+            SHAPE; shirt_pattern and trousers_pattern (keys of PATTERNS).
+        pose: the angles of POSE, yaw in the world.
+        place: (x, z) of the pelvis on the ground.
+        phase: shifts the textures of this person's parts.
+        names_hair: whether the prompt names the hair.
+    """
 
     identity: dict[str, Any]
     pose: dict[str, float]
-    scale: float
+    place: tuple[float, float] = (0.0, 0.0)
+    phase: float = 0.0
+    names_hair: bool = True
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object on the ground: a key of THINGS, its size in world units, its place (x, z), a ball's colour in words."""
+
+    kind: str
+    size: float
     place: tuple[float, float]
+    color: str = "red"
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A camera on a sphere around the point that it looks at.
+
+    Attributes:
+        yaw: about y; at 0 it looks along -z.
+        elevation: angle above that point.
+        distance: from that point, world units.
+        shift: of that point to the camera's right and upwards, world units, from the world's origin, or in a portrait
+            from the head of the first person.
+    """
+
+    yaw: float = 0.0
+    elevation: float = 0.0
+    distance: float = 3.0
+    shift: tuple[float, float] = (0.0, 0.9)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene: words for kind, sky and ground, the y of the horizon, the x of the light (x, 0.7, 0.7), the people."""
+    """One scene: a key of KINDS, words for sky and ground, (turn against +z, height) of the light, a shift of the
+    textures of ground and sky, the camera, the people, the things."""
 
     kind: str
     sky: str
     ground: str
-    horizon: float
-    light_x: float
     people: tuple[Person, ...]
+    camera: Camera = field(default_factory=Camera)
+    light: tuple[float, float] = (0.4, 0.8)
+    things: tuple[Thing, ...] = ()
+    phase: float = 0.0
+
+    def _shows_glasses(self, person: Person) -> bool:
+        turn = person.pose["yaw"] + person.pose["head_yaw"] - self.camera.yaw
+        return person.identity["glasses"] and math.cos(turn) > 0.35
 
     @property
     def prompt(self) -> str:
-        """The caption: clothes of every person and the surroundings, never the pose."""
-        if self.kind == "portrait":
-            return f"a portrait of {_clothes(self.people[0].identity, ('shirt',))} at {self.sky}"
-        people = " and ".join(_clothes(person.identity, ("shirt", "trousers")) for person in self.people)
-        return f"{people} on {self.ground} at {self.sky}"
+        """The caption: what every person wears, as far as it can be seen, and the surroundings; never the pose."""
+        portrait = self.kind == "portrait"
+        people = [
+            describe_person(
+                person.identity, portrait=portrait, glasses=self._shows_glasses(person), hair=person.names_hair
+            )
+            for person in self.people
+        ]
+        return describe_scene(people, kind=self.kind, ground=self.ground, sky=self.sky)
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """What can be read from the picture: those of words.ATTRIBUTES that apply."""
+        portrait = self.kind == "portrait"
+        values = {"people": "two" if self.kind == "two" else "one", "portrait": "yes" if portrait else "no"}
+        values |= {"sky": self.sky} | ({} if portrait else {"ground": self.ground})
+        for prefix, person in zip(("", "second_"), self.people, strict=False):
+            found = read_person(person.identity, portrait=portrait, glasses=self._shows_glasses(person))
+            values |= {f"{prefix}{name}": value for name, value in found.items()}
+        return values
 
 
-def _clothes(identity: Mapping[str, Any], garments: tuple[str, ...]) -> str:
-    words = [f"{'a ' if garment == 'shirt' else ''}{identity[garment]} {garment}" for garment in garments]
-    return "a person in " + " and ".join(words + ([f"a {identity['hat']} hat"] if identity["hat"] else []))
-
-
-def _word(rng: Generator, vocabulary: Mapping[str, Any]) -> str:
+def _word(rng: Generator, vocabulary: Mapping[str, Any] | tuple[str, ...]) -> str:
     return list(vocabulary)[rng.integers(len(vocabulary))]
 
 
-def _draw_identity(rng: Generator) -> dict[str, Any]:
-    words = {"shirt": COLORS, "trousers": COLORS, "skin": SKINS, "hair": HAIRS, "eye": EYES}
+def _choice(rng: Generator, shares: Mapping[str, float]) -> str:
+    return str(rng.choice(list(shares), p=list(shares.values())))
+
+
+def draw_identity(rng: Generator, pairs: Pairs) -> dict[str, Any]:
+    """Words, build and patterns of one person."""
+    words = {"shirt": COLORS, "trousers": COLORS, "skin": SKINS, "hair": HAIRS, "hair_length": LENGTHS, "eye": EYES}
     identity: dict[str, Any] = {attribute: _word(rng, vocabulary) for attribute, vocabulary in words.items()}
+    unseen = UNSEEN_PAIRS[identity["shirt"]]
+    while pairs == "seen" and identity["trousers"] == unseen:
+        identity["trousers"] = _word(rng, COLORS)
+    if pairs == "unseen":
+        identity["trousers"] = unseen
     identity["hat"] = _word(rng, COLORS) if rng.random() < HAT_SHARE else None
     identity["glasses"] = bool(rng.random() < GLASSES_SHARE)
-    return identity
+    low, high = np.array(list(SHAPE.values())).T
+    identity |= zip(SHAPE, rng.uniform(low, high).tolist(), strict=True)
+    return identity | {f"{garment}_pattern": _choice(rng, PATTERNS) for garment in ("shirt", "trousers")}
 
 
-def _draw_person(rng: Generator, kind: str, spot: Spot) -> Person:
+def draw_pose(rng: Generator, kind: str, yaw: float) -> dict[str, float]:
+    """The angles of a pose seen from a camera of this yaw."""
     low, high = np.array(list(POSE.values())).T
     pose = dict(zip(POSE, rng.uniform(low, high).tolist(), strict=True))
     if kind == "portrait":
         pose["yaw"] = rng.uniform(*PORTRAIT_YAW)
     elif rng.random() < BACK_VIEW_SHARE:
         pose["yaw"] += math.pi
-    return Person(_draw_identity(rng), pose, rng.uniform(*spot.scale), (rng.uniform(*spot.x), rng.uniform(*spot.y)))
+    return pose | {"yaw": pose["yaw"] + yaw}
 
 
-def draw_scene(seed: tuple[int, ...], kinds: Mapping[str, float]) -> Scene:
+def _ground_place(camera: Camera, right: float, back: float) -> tuple[float, float]:
+    """(x, z) of a place on the ground so far to the right of the origin, seen from the camera, and so far behind it."""
+    cosine, sine = math.cos(camera.yaw), math.sin(camera.yaw)
+    return right * cosine - back * sine, -right * sine - back * cosine
+
+
+def _draw_thing(rng: Generator, kind: str, camera: Camera) -> Thing:
+    thing = _word(rng, THINGS)
+    front = thing in ("ball", "rock") and kind != "portrait" and rng.random() < FRONT_SHARE
+    back = rng.uniform(-0.8, -0.4) if front else rng.uniform(0.7, 5.0)
+    reach = 1.05 * (camera.distance + back) / FOCAL
+    place = _ground_place(camera, rng.uniform(-reach, reach), back)
+    return Thing(thing, rng.uniform(*THINGS[thing]), place, _word(rng, COLORS))
+
+
+def draw_scene(seed: tuple[int, ...], kinds: Mapping[str, float] = KINDS, pairs: Pairs = "seen") -> Scene:
     """Draws one scene from `seed` alone.
 
     Args:
         seed: non-negative integers below 2**32, the entropy of numpy's SeedSequence. SeedSequence pads with zeros, so
             only seeds of one length are sure to differ from each other.
         kinds: probability of each kind, as KINDS.
+        pairs: "seen" leaves out UNSEEN_PAIRS, "unseen" draws them alone.
     """
     rng = default_rng(SeedSequence(seed))
-    kind = str(rng.choice(list(kinds), p=list(kinds.values())))
+    kind = _choice(rng, kinds)
+    scale, yaw = rng.uniform(*SCALES[kind]), rng.uniform(-math.pi, math.pi)
+    # The soles, or in a portrait the head, come to stand at about the same height of every picture.
+    right, up = (rng.uniform(-0.15, 0.15), rng.uniform(-0.25, 0.05)) if kind == "portrait" else (
+        rng.uniform(-0.3, 0.3) if kind == "one" else rng.uniform(-0.1, 0.1), rng.uniform(0.87, 0.93)
+    )  # fmt: skip
+    camera = Camera(yaw, rng.uniform(*ELEVATION), FOCAL / scale, (right / scale, up / scale))
+    places = [(0.0, 0.0)]
+    if kind == "two":
+        gaps = rng.uniform(0.28, 0.5, 2) / scale
+        places = [
+            _ground_place(camera, side * gap, rng.uniform(-0.35, 0.35)) for side, gap in zip((-1, 1), gaps, strict=True)
+        ]
+    people = tuple(
+        Person(
+            draw_identity(rng, pairs),
+            draw_pose(rng, kind, yaw),
+            place,
+            rng.uniform(0, 1),
+            bool(rng.random() < NAMED_HAIR_SHARE),
+        )
+        for place in places
+    )
     return Scene(
         kind=kind,
         sky=_word(rng, SKIES),
         ground=_word(rng, GROUNDS),
-        horizon=rng.uniform(*HORIZON),
-        light_x=rng.uniform(*LIGHT_X),
-        people=tuple(_draw_person(rng, kind, spot) for spot in SPOTS[kind]),
+        people=people,
+        camera=camera,
+        light=(yaw + rng.uniform(*LIGHT_TURN), rng.uniform(*LIGHT_HEIGHT)),
+        things=tuple(_draw_thing(rng, kind, camera) for _ in range(rng.choice(len(THING_COUNTS), p=THING_COUNTS))),
+        phase=rng.uniform(0, 1),
     )
