@@ -44,7 +44,7 @@ class Controls:
         prompts = self.samples.prompt[count // 2 :] + self.samples.prompt[: count // 2]
         arguments = {"seeds": range(count), **self.cfg.sampling}
         pictures = generate(self.backbone.pipeline, prompts, guidance=guidance, **arguments)
-        return self.detector.detect(pictures).points
+        return self.detector.detect(pictures).points[:, 0]
 
     def random_head(self, alpha: float = 0.1) -> dict[str, Any]:
         """Gain in PCK@alpha by a head of the same shape that was never trained."""

@@ -22,10 +22,11 @@ def limits(run_dir: Path, alpha: float = 0.1) -> str:
     settings = json.loads((run_dir / "settings.json").read_text())["settings"]
     records = [json.loads(path.read_text()) for path in sorted((run_dir / "samples").glob("*.json"))]
     samples = read_shards(Path(settings["data"]["root"]) / settings["split"], len(records))
-    keypoints = samples.keypoints[:, 0]
+    people = (samples.keypoints[..., 2] > 0).any(-1)  # every one of them counts alike
+    keypoints = samples.keypoints[people]
     target, visible = keypoints[..., :2], keypoints[..., 2] > 0
     tolerance = alpha * box_side(target, visible)[:, None]
-    found = torch.tensor([record["guided"]["points"] for record in records])
+    found = torch.tensor([record["guided"]["points"] for record in records])[people]
     right = (found - target).norm(dim=-1) <= tolerance
     swapped = (found[:, list(MIRROR)] - target).norm(dim=-1) <= tolerance
     wrong = visible & ~right
@@ -35,7 +36,7 @@ def limits(run_dir: Path, alpha: float = 0.1) -> str:
     lines = [
         f"{len(records)} images, alpha {alpha}: {wrong.sum() / visible.sum():.1%} of the visible keypoints are wrong; "
         f"{mended:.0%} of these would be right with left and right swapped.",
-        f"{(scores >= 0.9).float().mean():.0%} of the images have 90 % of their keypoints right, "
+        f"{(scores >= 0.9).float().mean():.0%} of the people have 90 % of their keypoints right, "
         f"{(scores < 0.5).float().mean():.0%} less than half.",
         "",
         "| keypoint | right | visible in |",

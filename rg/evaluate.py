@@ -108,7 +108,7 @@ class Evaluation:
         pictures["ceiling"] = self.backbone.decode(torch.stack([sample["latent_mean"] for sample in batch])).cpu()
         readouts = self.head.preview(guidance.trace[-1].readouts[0]).cpu() if guidance.trace else None
         scores = {
-            condition: score_images(self.detector.detect(images), keypoints[:, 0], self.cfg.alphas)
+            condition: score_images(self.detector.detect(images, keypoints.shape[1]), keypoints, self.cfg.alphas)
             for condition, images in pictures.items()
         }
         for row, position in enumerate(positions):
@@ -132,7 +132,8 @@ class Evaluation:
         size = self.backbone.resolution
         keypoints = self.samples.keypoints[:count]
         points = [json.loads(self.record_path(i).read_text())["guided"]["points"] for i in range(len(keypoints))]
-        found = torch.cat([torch.tensor(points), torch.ones(len(points), 18, 1)], -1)[:, None]
+        asked = (keypoints[..., 2:] > 0).any(-2, keepdim=True).expand_as(keypoints[..., 2:])
+        found = torch.cat([torch.tensor(points), asked], -1)
         shown = (4 * size[0], 4 * size[1])
         rows = {
             "target pose": draw_skeletons(keypoints, size, shown, 6.0),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rg.detectors import Detection, KeypointDetector
-from rg.metrics import box_side, kernel_distance, paired_gain, pck
+from rg.metrics import box_side, kernel_distance, match_people, paired_gain, pck
 
 CONDITIONS = ("unguided", "guided", "ceiling")
 BOXES = ("target", "predicted")
@@ -19,27 +19,58 @@ KERNEL_IMAGES = 256
 
 
 def score_images(found: Detection, keypoints: Tensor, alphas: Sequence[float]) -> list[dict[str, Any]]:
-    """PCK of each picture: {"pck": {box: {alpha: share}}, "confidence", "present", "points"}.
+    """PCK of each picture, a mean over its people: {"pck": {box: {alpha: share}}, "confidence", "present", "points"}.
+
+    Predictions are matched with the people asked for by smallest distance; "points" are in the latter's order, and
+    "present" is whether all of them were found.
 
     Args:
-        found: the detector's poses of B pictures.
-        keypoints: (B, 18, 3) of (x, y, visible), the poses asked for.
+        found: the detector's poses of B pictures, P people each.
+        keypoints: (B, P, 18, 3) of (x, y, visible), the poses asked for; a person without a visible keypoint does not
+            count, and each picture has one who does.
+
+    Raises:
+        ValueError: a picture whose people have no visible keypoint.
     """
     target, visible = keypoints[..., :2], keypoints[..., 2] > 0
-    sides = {"target": box_side(target, visible), "predicted": box_side(found.points, visible)}
+    order = match_people(found.points, target, visible, found.present)
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    points, confidence, present = (values[rows, order] for values in (found.points, found.confidence, found.present))
+    people = visible.any(-1)
+    if not people.any(1).all():
+        raise ValueError(
+            f"no visible keypoint in pictures {(~people.any(1)).nonzero().flatten().tolist()} of the batch"
+        )
+    sides = {
+        "target": box_side(target[people], visible[people]),
+        "predicted": box_side(points[people], visible[people]),
+    }
     shares = {
-        box: {str(alpha): pck(found.points, target, visible, side, alpha) * found.present for alpha in alphas}
+        box: {
+            str(alpha): mean_over_people(
+                pck(points[people], target[people], visible[people], side, alpha) * present[people], people
+            )
+            for alpha in alphas
+        }
         for box, side in sides.items()
     }
+    sure = mean_over_people(confidence[people].mean(-1), people)
     return [
         {
             "pck": {box: {alpha: float(v[i]) for alpha, v in by_alpha.items()} for box, by_alpha in shares.items()},
-            "confidence": float(found.confidence[i].mean()),
-            "present": bool(found.present[i]),
-            "points": found.points[i].tolist(),
+            "confidence": float(sure[i]),
+            "present": bool(present[i][people[i]].all()),
+            "points": points[i].tolist(),
         }
         for i in range(len(keypoints))
     ]
+
+
+def mean_over_people(values: Tensor, people: Tensor) -> Tensor:
+    """Means over the people of each picture: values (N,) of those marked in people (B, P) -> (B,)."""
+    spread = torch.zeros(people.shape, dtype=values.dtype, device=values.device)
+    spread[people] = values
+    return spread.sum(1) / people.sum(1)
 
 
 def _summary(values: Tensor) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Literal
 
 import torch
@@ -50,6 +51,27 @@ def pck(predicted: Tensor, target: Tensor, visible: Tensor, size: Tensor, alpha:
         raise ValueError(f"PCK counts visible keypoints only, and these samples of the batch have none: {empty}")
     correct = (predicted - target).norm(dim=-1) <= alpha * size[:, None]
     return (correct & visible).sum(1) / visible.sum(1)
+
+
+def match_people(predicted: Tensor, target: Tensor, visible: Tensor, present: Tensor) -> Tensor:
+    """Which prediction is which person: the assignment with the smallest sum of mean distances of visible keypoints.
+
+    Args:
+        predicted: (B, P, K, 2) in pixels.
+        target: (B, P, K, 2) in pixels.
+        visible: (B, P, K) bool, which keypoints of the targets count; a person without any may get whoever is left.
+        present: (B, P) bool, which predictions are people at all: these are given away first.
+
+    Returns:
+        (B, P) int64, for each target the index of its prediction.
+    """
+    distances = (predicted[:, None] - target[:, :, None]).norm(dim=-1)  # (B, targets, predictions, K)
+    counted = visible[:, :, None]
+    cost = (distances * counted).sum(-1) / counted.sum(-1).clamp_min(1)
+    cost = cost + 1e6 * (counted.any(-1) & ~present[:, None])
+    orders = torch.tensor(list(permutations(range(target.shape[1]))), device=cost.device)  # (orders, P)
+    sums = torch.stack([cost[:, range(len(order)), order].sum(1) for order in orders.tolist()], 1)
+    return orders[sums.argmin(1)]
 
 
 class PCK(Metric):

@@ -32,7 +32,10 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/samples.py": (SHARDS, ANY),  # this and shards are parts of data
     "rg/shards.py": (SHARDS, ANY),
     "rg/metrics.py": ({"rg.points"}, ANY),
-    "rg/detectors.py": ({"rg.points", "rg.models"}, ANY),
+    "rg/networks.py": ({"rg.models"}, {"torch", "safetensors"}),
+    "rg/finder.py": ({"rg.points", "rg.networks"}, {"torch"}),
+    "rg/detectors.py": ({"rg.points", "rg.finder", "rg.networks"}, {"torch"}),
+    "rg/classifier.py": ({"rg.networks"}, {"torch"}),
     "rg/models/*.py": (set(), set()),
     "rg/runs.py": ({"rg"}, ANY),
     "rg/sampling.py": ({"rg"}, ANY),  # this and evaluation do the work of their commands

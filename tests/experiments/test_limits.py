@@ -21,9 +21,9 @@ def test_swapped_sides_are_told_from_other_errors(tmp_path: Path):
     keypoints = read_shards(tmp_path / "data" / "test", 2).keypoints[:, 0, :, :2]
     # The first picture is right, the second one right but for its sides.
     for number, points in enumerate([keypoints[0], keypoints[1, list(MIRROR)]]):
-        record = {"guided": {"points": points.tolist()}}
+        record = {"guided": {"points": [points.tolist()]}}
         (tmp_path / "samples" / f"{number:05d}.json").write_text(json.dumps(record))
     text = limits(tmp_path, alpha=0.01)
     assert "100% of these would be right with left and right swapped" in text
-    assert "50% of the images have 90 % of their keypoints right" in text
+    assert "50% of the people have 90 % of their keypoints right" in text
     assert all(name.replace("_", " ") in text for name in KEYPOINTS)

@@ -9,15 +9,16 @@ from rg.evaluation import CONDITIONS, KERNEL_IMAGES, distances_to, score_images,
 
 
 def square_pose(side: float, hidden: tuple[int, ...] = ()) -> torch.Tensor:
-    """Keypoints on the corners of a square of `side` pixels: (1, 18, 3)."""
+    """Keypoints on the corners of a square of `side` pixels: (1, 1, 18, 3)."""
     corners = torch.tensor([[10.0, 10.0], [10.0 + side, 10.0], [10.0, 10.0 + side], [10.0 + side, 10.0 + side]])
     pose = torch.cat([corners.repeat(5, 1)[:18], torch.ones(18, 1)], -1)
     pose[list(hidden), 2] = 0
-    return pose[None]
+    return pose[None, None]
 
 
 def detection(points: torch.Tensor, present: bool = True) -> Detection:
-    return Detection(points, torch.full(points.shape[:2], 0.5), torch.tensor([present] * len(points)))
+    shape = points.shape[:2]
+    return Detection(points, torch.full(points.shape[:3], 0.5), torch.full(shape, 0.5), torch.full(shape, present))
 
 
 def record(shares: dict[str, float], confidence: float = 0.5, present: bool = True) -> dict:
@@ -36,7 +37,7 @@ def test_a_keypoint_counts_within_alpha_of_the_targets_box():
     pose = square_pose(20.0)
     # 9 of 18 keypoints are off by 3 px: outside of 0.1 * 20 = 2 px, inside of 0.2 * 20 = 4 px.
     points = pose[..., :2].clone()
-    points[:, :9, 0] += 3
+    points[..., :9, 0] += 3
     (score,) = score_images(detection(points), pose, (0.1, 0.2))
     assert score["pck"]["target"] == {"0.1": pytest.approx(0.5), "0.2": pytest.approx(1.0)}
 
@@ -44,10 +45,10 @@ def test_a_keypoint_counts_within_alpha_of_the_targets_box():
 def test_hidden_keypoints_do_not_count_and_the_box_of_the_prediction_is_its_own():
     pose = square_pose(20.0, hidden=tuple(range(9)))
     points = pose[..., :2].clone()
-    points[:, :9] += 100
-    points[:, 9:] = (points[:, 9:] - 10) * 3 + 10  # three times as large: only corner (10, 10) is right
+    points[..., :9, :] += 100
+    points[..., 9:, :] = (points[..., 9:, :] - 10) * 3 + 10  # three times as large: only corner (10, 10) is right
     (score,) = score_images(detection(points), pose, (0.05,))
-    right = float((pose[0, 9:, :2] == 10).all(-1).float().mean())
+    right = float((pose[0, 0, 9:, :2] == 10).all(-1).float().mean())
     assert score["pck"]["target"]["0.05"] == pytest.approx(right)
     (wide,) = score_images(detection(points), pose, (0.7,))
     assert wide["pck"]["predicted"]["0.7"] > wide["pck"]["target"]["0.7"], "0.7 * 60 px reaches further than 0.7 * 20"
@@ -57,6 +58,24 @@ def test_an_undetected_person_is_wrong_everywhere():
     pose = square_pose(20.0)
     (score,) = score_images(detection(pose[..., :2], present=False), pose, (0.1,))
     assert score["pck"]["target"]["0.1"] == 0 and not score["present"]
+
+
+def test_people_are_matched_and_averaged():
+    pose = torch.cat([square_pose(20.0), square_pose(20.0) + torch.tensor([30.0, 0, 0])], 1)
+    points = pose[:, [1, 0], :, :2].clone()  # found in the other order
+    points[:, 0, :9, 0] += 3
+    (score,) = score_images(detection(points), pose, (0.1,))
+    assert score["pck"]["target"]["0.1"] == pytest.approx(0.75) and score["present"]
+    assert score["points"] == points[0, [1, 0]].tolist()
+    # A person who is not asked for does not count, found or not.
+    alone = pose * torch.tensor([1.0, 0])[:, None, None]
+    found = detection(points)._replace(present=torch.tensor([[False, True]]))
+    (score,) = score_images(found, alone, (0.1,))
+    assert score["pck"]["target"]["0.1"] == 1 and score["present"]
+    (score,) = score_images(found, pose, (0.1,))
+    assert score["pck"]["target"]["0.1"] == 0.5 and not score["present"]
+    with pytest.raises(ValueError, match=r"pictures \[0\]"):
+        score_images(found, torch.zeros_like(pose), (0.1,))
 
 
 def test_summary_is_paired():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rg.metrics import PCK, box_side, kernel_distance, paired_gain, pck, student_quantile
+from rg.metrics import PCK, box_side, kernel_distance, match_people, paired_gain, pck, student_quantile
 
 # Two images, four keypoints; the boxes of the visible ones have sides 20 and 10.
 TARGET = torch.tensor([[[0, 0], [20, 0], [0, 10], [90, 90]], [[5, 5], [15, 5], [5, 9], [15, 9]]]).float()
@@ -28,6 +28,25 @@ def random_images(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor
 def test_box_side_takes_the_larger_side_of_visible_points() -> None:
     assert box_side(TARGET, VISIBLE).tolist() == [20, 10]
     assert box_side(TARGET, torch.zeros_like(VISIBLE)).tolist() == [0, 0]
+
+
+def test_people_are_matched_by_smallest_total_distance() -> None:
+    target = torch.tensor([0.0, 10, 30]).view(1, 3, 1, 1).expand(1, 3, 4, 2).clone()
+    visible, present = torch.ones(1, 3, 4, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)
+    predicted = target[:, [2, 0, 1]]
+    assert match_people(predicted, target, visible, present).tolist() == [[1, 2, 0]]
+    # Both are nearest to the second person; the pair that is nearer in all decides, pictures by themselves.
+    crossed = torch.tensor([[9.0, 12, 50], [12, 9, 50]]).view(2, 3, 1, 1).expand(2, 3, 4, 2)
+    two = [x.expand(2, *x.shape[1:]) for x in (target, visible, present)]
+    assert match_people(crossed, *two).tolist() == [[0, 1, 2], [1, 0, 2]]
+    # Hidden keypoints do not count.
+    far = predicted.clone()
+    far[:, :, 0] += 1000
+    visible[:, :, 0] = False
+    assert match_people(far, target, visible, present).tolist() == [[1, 2, 0]]
+    # Who is no person is given away last: to the one who is not asked for.
+    visible[:, 0], present[:, 2] = False, False
+    assert match_people(predicted, target, visible, present).tolist() == [[2, 1, 0]]
 
 
 @pytest.mark.parametrize("alpha", SHARES)
