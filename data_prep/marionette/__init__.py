@@ -1,5 +1,4 @@
-"""Renders marionettes: people made of capsules among a few things on a ground under a sky, with labels that are right by
-construction.
+"""Renders marionettes: people made of capsules among a few things on a ground under a sky, with exact labels.
 
 Scenes are drawn one by one from their seeds; geometry and rays are one batch, in which a seed keeps its bits.
 """
@@ -8,15 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from data_prep.marionette.labels import area_mean, edges, majority
 from data_prep.marionette.people import CAPSULE_INSTANCE, CAPSULE_LABEL, LABELS, Stage, keypoints, set_stage
-from data_prep.marionette.rays import Capsules, Hits, cast, dot
-from data_prep.marionette.scene import FOCAL, KINDS, MAX_PEOPLE, Pairs, Scene, draw_scene
+from data_prep.marionette.rays import Hits, cast, dot
+from data_prep.marionette.scene import FOCAL, KINDS, Pairs, Scene, draw_scene
 from data_prep.marionette.surfaces import Backdrop, backdrop, cast_shadows, light_directions, shade
 from data_prep.marionette.words import ATTRIBUTES, COLORS, GROUNDS, HAIRS, SKIES, SKINS, UNSEEN_PAIRS, VOCABULARY
 
@@ -46,7 +45,7 @@ class Stills:
     image: (B,3,H,W) uint8 RGB.
     keypoints: (B,P,18,3) float32 (x, y, visible) in pixels, ordered as rg.points.KEYPOINTS; an absent person is all 0.
         A keypoint outside of the picture keeps its coordinates and is not visible.
-    depth: (B,H,W) float32 inverse depth, 1 / world units, averaged over the pixel's area: LARGER IS NEARER, the sky is 0.
+    depth: (B,H,W) float32 inverse depth, 1 / world units, averaged over the pixel's area: LARGER IS NEARER, the sky 0.
     instances: (B,H,W) uint8: 0 background, i the i-th person: whoever has the largest share of the pixel's area, on a
         tie the higher number.
     parts: (B,H,W) uint8 indices in LABELS, by the same rule.
@@ -66,6 +65,12 @@ class Stills:
     attributes: list[dict[str, str]]
     prompt: list[str]
     kind: list[str]
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Many batches of one size as one."""
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(cls)}
+        return cls(**{n: torch.cat(c) if isinstance(c[0], Tensor) else [*chain(*c)] for n, c in columns.items()})
 
 
 def _color_hits(stage: Stage, hits: Hits, light: Tensor, brightness: Tensor, side: int) -> Tensor:
@@ -161,5 +166,4 @@ def render(
         render_scenes(scenes[i : i + chunk], resolution=resolution, supersampling=supersampling, device=device)
         for i in range(0, len(scenes), chunk)
     ]
-    columns = {field.name: [getattr(still, field.name) for still in stills] for field in fields(Stills)}
-    return Stills(**{n: torch.cat(c) if isinstance(c[0], Tensor) else [*chain(*c)] for n, c in columns.items()})
+    return Stills.join(stills)

@@ -20,8 +20,8 @@ Turn = tuple[Tensor, Tensor]  # cosine and sine of an angle, each (...)
 
 class Part(NamedTuple):
     """A capsule from point `start` to point `end` (a sphere where they coincide), its average radius in world units and
-    the number of the person's build that it grows with, its paint, the frame that it turns with (roll included), its name
-    in label maps, and the keypoints that it shows: seen where it is the front-most part."""
+    the number of the person's build that it grows with, its paint, the frame that it turns with (roll included), its
+    name in label maps, and the keypoints that it shows: seen where it is the front-most part."""
 
     start: str
     end: str
@@ -65,19 +65,23 @@ def _side(side: str) -> list[Part]:
 
 # Points of the head in its own axes: on the midline, and the left one of each pair. Hair that is long hangs down.
 MIDLINE = {
-    "nose": (0.0, -0.01, 0.125), "nose_tip": (0.0, -0.012, 0.122), "hair": (0.0, 0.035, -0.035), "mane": (0.0, 0.0, -0.06),
-    "mane_end": (0.0, 0.0, -0.075),
+    "nose": (0.0, -0.01, 0.125), "nose_tip": (0.0, -0.012, 0.122), "hair": (0.0, 0.035, -0.035),
+    "mane": (0.0, 0.0, -0.06), "mane_end": (0.0, 0.0, -0.075),
 }  # fmt: skip
 PAIRED = {
     "eye": (0.045, 0.03, 0.105), "eyeball": (0.045, 0.03, 0.098), "iris": (0.045, 0.03, 0.112),
-    "ear": (0.125, 0.01, 0.0), "mouth": (0.03, -0.06, 0.108), "lock": (0.095, 0.03, -0.03), "lock_end": (0.11, 0.03, -0.03),
+    "ear": (0.125, 0.01, 0.0), "mouth": (0.03, -0.06, 0.108),
+    "lock": (0.095, 0.03, -0.03), "lock_end": (0.11, 0.03, -0.03),
     "cap": (0.03, 0.09, 0.0), "brim": (0.06, 0.075, 0.10), "glass": (0.07, 0.03, 0.118),
 }  # fmt: skip
 
 PARTS = (
     # The hips lie inside the trunk, the neck between the shoulders: a clothed joint is seen where its clothes are.
     Part("pelvis", "neck", 0.145, "girth", "shirt", "trunk", "trunk", ("neck", "right_hip", "left_hip")),
-    Part("right_shoulder", "left_shoulder", 0.075, "girth", "shirt", "trunk", "trunk", ("neck", "right_shoulder", "left_shoulder")),
+    Part(
+        "right_shoulder", "left_shoulder", 0.075, "girth", "shirt", "trunk", "trunk",
+        ("neck", "right_shoulder", "left_shoulder"),
+    ),
     Part("right_hip", "left_hip", 0.11, "girth", "trousers", "trunk", "hips", ("right_hip", "left_hip")),
     Part("neck", "head", 0.05, "limb_girth", "skin", "face", "face", ("neck",)),
     Part("head", "head", 0.125, "head_size", "skin", "face", "face"),
@@ -169,8 +173,8 @@ def body_points(pose: Mapping[str, Turn], shape: Mapping[str, Tensor]) -> tuple[
         shape: every number of scene.SHAPE, (...).
 
     Returns:
-        every point that PARTS and KEYPOINTS name, (3, ...) world units, pelvis at the origin, and every frame that PARTS
-        name.
+        every point that PARTS and KEYPOINTS name, (3, ...) world units, pelvis at the origin, and every frame that
+        PARTS name.
     """
     one, zero = torch.ones_like(pose["yaw"][0]), torch.zeros_like(pose["yaw"][0])
     world = (torch.stack([one, zero, zero]), torch.stack([zero, one, zero]), torch.stack([zero, zero, one]))

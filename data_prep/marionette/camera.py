@@ -51,6 +51,6 @@ def place_cameras(scenes: Sequence[Scene], heads: Tensor) -> Views:
 
 
 def to_pixels(points: Tensor, resolution: int) -> Tensor:
-    """Points (3,...) in the camera's axes as (...,2) pixels (x, y) of a picture of side `resolution`, centres at integers."""
+    """Points (3,...) in the camera's axes as (...,2) pixels (x, y) of a picture of side `resolution`."""
     u, v = FOCAL * points[0] / -points[2], FOCAL * points[1] / -points[2]
     return torch.stack([(u + 1) / 2 * resolution - 0.5, (1 - v) / 2 * resolution - 0.5], -1)

@@ -1,4 +1,4 @@
-"""All that stands in a batch of scenes, seen from their cameras: capsules, frames, paints; joints and which are visible."""
+"""All that stands in a batch of scenes, seen from their cameras: capsules, frames, paints; joints and who sees them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ CAPSULE_INSTANCE = torch.tensor(
 class Stage:
     """Everything in B scenes, float64, N capsules per scene: P people's parts, then things.
 
-    world, seen: the capsules in the world and in the cameras' axes. frames: (3,3,B,N) axes of every capsule, axis first,
-    in the cameras' axes. paint: of every capsule. joints: (3,B,P,18) in the cameras' axes. present: (B,P) bool.
+    world, seen: the capsules in the world and in the cameras' axes. frames: (3,3,B,N) axes of every capsule, axis
+    first, in the cameras' axes. paint: of every capsule. joints: (3,B,P,18) in the cameras' axes. present: (B,P) bool.
     views: the cameras.
     """
 

@@ -1,8 +1,8 @@
 """An exact ray-caster for capsules, in the axes of a camera at the origin that looks along -z: x right, y up.
 
 A ray goes through (u, v, -1), u and v being picture coordinates over the focal length, so that the distance along a ray
-is the depth in front of the camera. Only pairs of a ray and a capsule whose box on the picture holds it are computed, all
-of them at once. The arithmetic is element-wise and the nearest hit is a minimum, so that a scene gets the same bits
+is the depth in front of the camera. Only pairs of a ray and a capsule whose box on the picture holds it are computed,
+all of them at once. The arithmetic is element-wise and the nearest hit is a minimum, so that a scene gets the same bits
 whatever shares its batch.
 """
 
@@ -90,7 +90,7 @@ def box(center: Tensor, radius: Tensor, focal: float) -> tuple[Tensor, Tensor, T
     """Left, right, bottom and top, in halves of the picture, of what holds the picture of a cube around a center.
 
     Args:
-        center: (3, ...) in the camera's axes. radius: (...), half of the cube's side; what is nearer than NEAR is cut off.
+        center: (3, ...) in the camera's axes. radius: (...), half the cube's side; what is nearer than NEAR is cut off.
     """
     near = (-center[2] - radius).clamp_min(NEAR)
     far = (-center[2] + radius).clamp_min(NEAR)
@@ -103,7 +103,7 @@ def box(center: Tensor, radius: Tensor, focal: float) -> tuple[Tensor, Tensor, T
 
 
 def fragments(left: Tensor, right: Tensor, bottom: Tensor, top: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Every pair of a box and a ray in it, of `side` x `side` rays per scene through the centres of cells, row 0 on top.
+    """Every pair of a box and a ray in it, of `side` x `side` rays per scene through cells' centres, row 0 on top.
 
     Args:
         left, right, bottom, top: (B,N) in halves of the picture; an empty box has right < left.

@@ -1,7 +1,7 @@
 """What a marionette scene is made of, the ranges of all that varies, and the draw of one scene from a seed.
 
-World units: a person is about 1.7 units tall. x and z span the ground, y points up. Angles are in radians, turns about y
-are right-handed (a yaw of 0 faces +z). The shipped diffusion model was trained on exactly this distribution.
+World units: a person is about 1.7 units tall. x and z span the ground, y points up. Angles are in radians, turns about
+y are right-handed (a yaw of 0 faces +z). The shipped diffusion model was trained on exactly this distribution.
 """
 
 import math

@@ -20,7 +20,7 @@ HAZE = 14.0  # distance in world units at which the ground's texture has faded
 
 
 class Coat(NamedTuple):
-    """The paint of one capsule: colour, texture, its periods per world unit and its contrast in [0, 1], a shift of it."""
+    """The paint of one capsule: colour, texture, its periods per world unit, contrast in [0, 1] and shift."""
 
     color: Rgb
     texture: str = "plain"
@@ -34,7 +34,7 @@ PLAIN = Coat((0, 0, 0))
 
 @dataclass(frozen=True)
 class Paint:
-    """The paints of (...) surfaces: color (3,...), texture (...) index in TEXTURES, frequency, contrast, phase (...)."""
+    """The paints of (...) surfaces: color (3,...), texture (index in TEXTURES), frequency, contrast, phase (...)."""
 
     color: Tensor
     texture: Tensor
@@ -51,7 +51,7 @@ class Paint:
         return cls(color.movedim(-1, 0), texture, *numbers.unbind(-1))
 
     def look(self, points: Tensor, where: Tensor | None = None) -> Tensor:
-        """Colours (3,...) of surfaces at points (3,...) of their own axes; `where` picks surfaces of the flattened ones."""
+        """Colours (3,...) of surfaces at points (3,...) of their own axes; `where` picks among the flattened ones."""
         color, texture, frequency, contrast, phase = (
             getattr(self, name) if where is None else getattr(self, name).flatten(-2)[..., where]
             for name in ("color", "texture", "frequency", "contrast", "phase")
@@ -61,7 +61,7 @@ class Paint:
 
 
 def _wave(x: Tensor) -> Tensor:
-    """A smooth wave of period 1 between -1 and 1 in plain arithmetic, whose bits do not depend on the place in a batch."""
+    """A smooth wave of period 1 between -1 and 1, in arithmetic whose bits do not depend on the place in a batch."""
     triangle = 4 * (x - x.floor() - 0.5).abs() - 1
     return triangle * (1.5 - 0.5 * triangle * triangle)
 

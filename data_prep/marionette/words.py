@@ -1,4 +1,4 @@
-"""The words of the marionette world: vocabularies with their colours, the prompt of a scene, what can be read from it."""
+"""The words of the marionette world: vocabularies and their colours, prompts, and what can be read from a picture."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ Rgb = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Sky:
-    """A sky: RGB overhead and at the horizon, brightness of all that is lit under it, and in shares of 1 the contrast of
-    its clouds and how much of the light a shadow takes away."""
+    """A sky: RGB overhead and at the horizon, brightness of all that is lit under it, and in shares of 1 the contrast
+    of its clouds and how much of the light a shadow takes away."""
 
     top: Rgb
     bottom: Rgb
@@ -65,12 +65,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = (
     | _PERSON
     | {f"second_{name}": values for name, values in _PERSON.items()}
 )
-VOCABULARY: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        "a person people portrait of with in and on at hair shirt trousers hat glasses two".split()
-        + [*COLORS, *HAIRS, *LENGTHS, *GROUNDS, *SKIES]
-    )
-)
+_WORDS = "a", "person", "people", "portrait", "of", "with", "in", "and", "on", "at", "two"
+_THINGS = "hair", "shirt", "trousers", "hat", "glasses"
+VOCABULARY: tuple[str, ...] = tuple(dict.fromkeys([*_WORDS, *_THINGS, *COLORS, *HAIRS, *LENGTHS, *GROUNDS, *SKIES]))
 
 
 def describe_person(identity: Mapping[str, Any], *, portrait: bool, glasses: bool, hair: bool) -> str:
