@@ -76,21 +76,31 @@ def changed_table(results: dict[str, Any]) -> str:
 
 def former_table(results: dict[str, Any], former: dict[str, Any]) -> str:
     """The figures that the former model has too, each beside its own ceiling."""
-    now, then = results["kernel_distance"]["standardised"], former["kernel_distance"]["standardised"]
     rows = []
-    for name in _sets(now)[:-1]:
-        cells = [f"{d[name]['value'] - d['ceiling']['value']:.4f}" for d in (now, then) if name in d]
-        if len(cells) == 2:
-            rows.append([f"kernel distance above the ceiling's, standardised, {name}", *cells])
-    for name in _sets(results["people_found"]):
-        cells = [results["people_found"][name]["one"]["whole"], former["whole_person"].get(name)]
-        rows.append([f"person found whole, {name}", *map(_percent, cells)])
-    for key in ("shirt", "trousers", "hat"):
-        for name in _sets(results["fidelity"]):
-            cells = [results["fidelity"][name]["alone"].get(key), former["fidelity"].get(name, {}).get(key)]
-            rows.append([f"{key} as asked for, {name}", *map(_percent, cells)])
+    scales = [name for name in _sets(results["people_found"])[:-1] if name in former["whole_person"]]
+    for form, label in (("raw", "kernel distance"), ("standardised", "the same, standardised")):
+        both = [model["kernel_distance"][form] for model in (results, former)]
+        rows += [
+            [f"{label}, {name}", *(_beside(*(d[n]["value"] for n in (name, "ceiling"))) for d in both)]
+            for name in scales
+        ]
+    for name in scales:
+        both = [(results["people_found"][n]["one"]["whole"], former["whole_person"][n]) for n in (name, "ceiling")]
+        rows.append([f"person found whole, {name}", *(_of(*pair) for pair in zip(*both, strict=True))])
+    for key in former["fidelity"]["ceiling"]:
+        for name in scales:
+            both = [(results["fidelity"][n]["alone"][key], former["fidelity"][n][key]) for n in (name, "ceiling")]
+            rows.append([f"{key} as asked for, {name}", *(_of(*pair) for pair in zip(*both, strict=True))])
     for key, label in (("mean", "of the mean"), ("sampled", "of a sample")):
-        rows.append([f"autoencoder, PSNR {label}, dB", *(f"{r['psnr'][key]:.1f}" for r in (results, former))])
-    parameters = [sum(results["parameters"].values()), former["parameters"]]
-    rows.append(["parameters, million", *(f"{n / 1e6:.1f}" for n in parameters)])
-    return table(["", "this model", "the former"], rows)
+        rows.append([f"autoencoder, PSNR {label}, dB", *(f"{model['psnr'][key]:.2f}" for model in (results, former))])
+    counts = [sum(results["parameters"].values()), former["parameters"]]
+    rows.append(["parameters, million", *(f"{count / 1e6:.1f}" for count in counts)])
+    return table(["figure (ceiling)", "this model", "the former"], rows)
+
+
+def _beside(value: float, ceiling: float) -> str:
+    return f"{value:.4f} ({ceiling:.4f})"
+
+
+def _of(found: dict[str, float], ceiling: dict[str, float]) -> str:
+    return f"{found['share']:.1%} ({ceiling['share']:.1%})"

@@ -160,7 +160,7 @@ def main() -> None:
         "fidelity": fidelity,
         "parameters": sum(p.numel() for p in weights),
         "latency": [
-            latency(backbone, scenes.prompt[:16], num_inference_steps=50, guidance_scale=scale) for scale in SCALES
+            latency(backbone, scenes.prompt[:16], repeats=2, num_inference_steps=50, guidance_scale=s) for s in SCALES
         ],
     }
     write_text(OUTPUT / "results.json", results)

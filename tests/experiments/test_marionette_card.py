@@ -28,12 +28,11 @@ def settings(root: Path, tmp_path: Path) -> dict[str, Any]:
 
 def test_everything_is_measured_and_written(settings: dict[str, Any], tmp_path: Path):
     distances = {name: {"value": value, "sem": 0.1} for name, value in (("scale 1", 0.5), ("ceiling", 0.1))}
+    shares = {name: {"share": value, "sem": 0.01, "count": 9} for name, value in (("scale 1", 0.9), ("ceiling", 0.95))}
     former = {
         "command": "python -m old", "commit": "abc", "samples": 3, "steps": 2, "parameters": 9_100_000,
-        "psnr": {"mean": 33.4, "sampled": 33.1},
-        "kernel_distance": {"standardised": distances},
-        "whole_person": {"ceiling": {"share": 0.99, "sem": 0.01, "count": 9}},
-        "fidelity": {"scale 2": {"shirt": {"share": 0.9, "sem": 0.01, "count": 9}}},
+        "psnr": {"mean": 33.4, "sampled": 33.1}, "kernel_distance": {"raw": distances, "standardised": distances},
+        "whole_person": shares, "fidelity": {name: {"shirt": found} for name, found in shares.items()},
     }  # fmt: skip
     Path(settings["former"]).write_text(json.dumps(former))
     Path(settings["record"]).write_text(json.dumps({"command": "python -m x", "unet": {"steps": 5, "seconds": 60}}))
@@ -44,7 +43,7 @@ def test_everything_is_measured_and_written(settings: dict[str, Any], tmp_path: 
     assert set(results["changed_words"]) == {"shirt", "trousers", "hat", "hair"}
     assert results["unseen_pairs"]["samples"]["pair"]["count"] == 2
     assert [x["guidance_scale"] for x in results["latency"]] == [1.0, 2.0]
-    for part in ("0.4000", "33.4", "99.0% ± 1.0%", "90.0% ± 1.0%", "| unet | 5 | 60 |", "shirt and trousers at once"):
+    for part in ("0.5000 (0.1000)", "33.40", "90.0% (95.0%)", "| unet | 5 | 60 |", "shirt and trousers at once"):
         assert part in card, part
     assert max(map(len, (line for line in card.splitlines() if line[:1] not in "| "))) <= 120
     assert Image.open(settings["sheet"]).size == (1024, 128)
