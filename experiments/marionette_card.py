@@ -167,15 +167,16 @@ def command_line() -> str:
     return shlex.join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]])
 
 
-def run(settings: Mapping[str, Any]) -> str:
+def run(settings: Mapping[str, Any], command: str | None = None) -> str:
     """Measures the model, writes results, contact sheet and card, and returns the card.
 
     Args:
         settings: as of conf/marionette_card.yaml, plain values.
+        command: what the card says it was made by; None: what was typed.
     """
     results, sheet = Card(settings).results()
     size = sum(path.stat().st_size for path in locate(settings["model"]).rglob("*.safetensors")) / 1e6
-    results = {"command": command_line(), "megabytes": size, **results, "settings": dict(settings)}
+    results = {"command": command or command_line(), "megabytes": size, **results, "settings": dict(settings)}
     results["training"] = read_json(settings["record"])
     write_text(Path(settings["results"]), results)
     contact_sheet(sheet, Path(settings["sheet"]))

@@ -21,6 +21,7 @@ from experiments.marionette.train_denoiser import train_denoiser
 from rg.models import locate
 from rg.runs import clear_errors, quiet_libraries
 
+CONF = Path(__file__).parents[1] / "conf"
 MODULE = "experiments.train_marionette"
 STAGES = ("autoencoder", "unet", "detector", "classifier", "card")
 # Stages that are commands of their own, by the module and the config of one name.
@@ -123,7 +124,7 @@ def run(settings: dict[str, Any], command: str) -> bool:
     return outcome != "not done yet"
 
 
-@hydra.main(config_path="../conf", config_name="train_marionette", version_base="1.3")
+@hydra.main(config_path=str(CONF), config_name="train_marionette", version_base="1.3")
 @clear_errors
 def main(config: DictConfig) -> None:
     """Runs the training with the configuration of the command line."""

@@ -37,7 +37,7 @@ class Stopwatch:
 
 
 def stage_record(folder: Path, note: str) -> dict[str, Any]:
-    """Of a stage in a folder: seconds, steps, loss (mean of the last 1000 steps), and when done settings and quality.
+    """Of a stage in a folder: seconds, steps, loss (mean of the last 1000 steps), when done settings, and quality.
 
     Nothing if it has not begun; a time that nobody noted is left out.
     """
@@ -51,7 +51,8 @@ def stage_record(folder: Path, note: str) -> dict[str, Any]:
     if (folder / note).is_file():
         quality = json.loads((folder / note).read_text(encoding="utf-8"))
         settings = quality.pop("settings")
-        found |= {"batch_size": settings["batch_size"], "settings": settings, "quality": quality}
+        found |= {"batch_size": settings["batch_size"], "settings": settings}
+        found |= {"quality": quality} if quality else {}
     return found
 
 

@@ -78,9 +78,8 @@ def test_some_prompts_are_left_out(denoiser: Denoiser, words: CLIPTokenizer) -> 
     seen: list[Tensor] = []
     denoiser.text_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     given = data(words, levels=[0.5])
-    for step in range(10):
-        loss_of(denoiser, step_generator(0, step, CPU), data=given, batch_size=64)
-    tokens = torch.cat(seen)
+    loss_of(denoiser, step_generator(0, 0, CPU), data=given, batch_size=400)
+    tokens = seen[0]
     assert (tokens == given["empty"]).all(1).float().mean().item() == pytest.approx(EMPTY, abs=0.05)
     assert all((tokens == prompt).all(1).any() for prompt in given["tokens"])
 

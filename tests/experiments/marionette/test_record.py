@@ -56,7 +56,6 @@ def test_each_stage_is_recorded_as_far_as_it_is(tmp_path: Path) -> None:
             "loss": 2.5,
             "batch_size": 32,
             "settings": {"batch_size": 32},
-            "quality": {},
         },
     }
     text = "\n".join(training_text(record))  # what the card makes of it
