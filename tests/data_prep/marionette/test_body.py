@@ -10,6 +10,8 @@ from data_prep.marionette.people import PEOPLE_PARTS, set_stage
 from data_prep.marionette.words import COLORS, HAIRS, SKINS
 from rg.points import KEYPOINTS
 
+SIDES = "right", "left"
+
 
 @pytest.fixture
 def joints(body, person):
@@ -46,7 +48,7 @@ def test_an_upright_body_by_hand(joints):
         assert points[name] == pytest.approx(place), name
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("side", SIDES)
 def test_joints_bend_the_way_their_angles_say(joints, side):
     outwards = {"right": -1, "left": 1}[side]
 
@@ -100,7 +102,7 @@ def test_eyes_and_mouth_move_up_with_their_heights(joints):
     high, average = joints({"eye_height": 0.01, "mouth_height": -0.01}), joints()
     rise = {name: high[name][1] - average[name][1] for name in average}
     assert {name for name in rise if rise[name] > 0.009} == {
-        f"{side}_{name}" for side in ("right", "left") for name in ("eye", "eyeball", "iris", "glass")
+        f"{side}_{name}" for side in SIDES for name in ("eye", "eyeball", "iris", "glass")
     }
     assert {name for name in rise if rise[name] < -0.009} == {"right_mouth", "left_mouth"}
 
@@ -144,13 +146,21 @@ def test_whoever_stands_crouches_or_sits_touches_the_ground_and_does_not_sink(dr
     assert skin.min() > -0.031 and skin.max() < 0.02  # flesh yields: half of a foot at most
 
 
-def test_standing_moves_the_whole_body_to_its_place(body, person):
-    points, _ = body(person(left_leg_swing=-1.2, right_leg_swing=-1.2, left_knee=1.5, right_knee=1.5))
+@pytest.mark.parametrize(
+    ("pose", "name"),
+    [
+        ({}, "ankle"),
+        ({"leg_swing": -1.2, "knee": 1.5}, "ankle"),
+        ({"knee": 1.5, "leg_swing": 0.2}, "knee"),
+        ({"leg_swing": -math.pi / 2}, "hip"),
+    ],
+)
+def test_a_body_is_set_down_on_its_lowest_joint(body, person, pose, name):
+    points, _ = body(person(**{f"{side}_{angle}": value for side in SIDES for angle, value in pose.items()}))
     stood = stand(points, torch.tensor([2.0, -3.0], dtype=torch.float64))
     assert stood["pelvis"][[0, 2]].tolist() == [2, -3]
-    assert min(stood[f"{side}_{name}"][1] - reach for name, reach in LOWEST.items() for side in ("right", "left")) == (
-        pytest.approx(0, abs=1e-6)
-    )
+    heights = {joint: stood[f"right_{joint}"][1].item() - reach for joint, reach in LOWEST.items()}
+    assert min(heights, key=heights.get) == name and heights[name] == pytest.approx(0)
     shift = stood["pelvis"] - points["pelvis"]
     assert all(torch.allclose(stood[name] - points[name], shift) for name in points)
 
