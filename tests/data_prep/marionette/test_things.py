@@ -29,6 +29,16 @@ def test_things_rest_on_the_ground_and_are_as_large_as_their_size(scene, kind):
     assert 0.5 < max(b - a for a, b in zip([low[0], 0.0], high[:2], strict=True)) < 1.4
 
 
+@pytest.mark.parametrize("kind", THINGS)
+def test_things_are_where_their_place_says(scene, kind):
+    capsules = thing_capsules([scene(things=(Thing(kind, 0.5, place),)) for place in ((0.0, 0.0), (3.0, -4.0))])
+    moved = torch.tensor([3.0, 0.0, -4.0], dtype=torch.float64)
+    for ends in (capsules.start, capsules.end):
+        assert ends[[0, 2], 0, 0].tolist() == [0, 0]
+        there = capsules.radius[0] > 0
+        torch.testing.assert_close(ends[:, 1, there], ends[:, 0, there] + moved[:, None])
+
+
 def test_each_scene_has_its_own_things_and_absent_ones_are_no_capsules(scene):
     ball, tree = Thing("ball", 0.1, (0.5, 0.5)), Thing("tree", 2.0, (-1.0, -1.0))
     capsules = thing_capsules([scene(things=(ball, tree)), scene(), scene(things=(tree,) * MAX_THINGS)])
