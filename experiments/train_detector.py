@@ -1,22 +1,21 @@
 """Trains the keypoint detector on renders, plain and through the autoencoder: python -m experiments.train_detector."""
 
-import math
-from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Generator, Tensor
-from tqdm import trange
 
-from experiments.detector_pictures import Pictures, draw_batch, make_training_pictures
+from experiments.detector_pictures import draw_batch
 from experiments.detector_quality import finish
+from experiments.judge_pictures import Pictures
+from experiments.judge_training import train
 from rg.backbone import DiffusionBackbone
 from rg.detectors import KeypointDetector
+from rg.finder import PATCH
 from rg.points import Size, inside, rescale
-
-SAVE_EVERY = 500  # steps
 
 
 def detection_loss(cells: Tensor, absent: Tensor, keypoints: Tensor, size: Size) -> Tensor:
@@ -40,74 +39,54 @@ def detection_loss(cells: Tensor, absent: Tensor, keypoints: Tensor, size: Size)
     return (weight * -(target * logs).sum(-1)).mean()
 
 
-class Training:
-    """A detector on its way: network, AdamW, a cosine schedule after a short warm-up, and the generator of all chance.
+def finder_loss(scores: Tensor, boxes: Tensor, target: Tensor, present: Tensor) -> Tensor:
+    """The losses of Zhou et al. (2019): a focal loss of the centres, eq. 1, and errors of the boxes near them.
 
     Args:
-        settings: as of conf/train_detector.yaml. A state found at settings["checkpoint"] and written under the same
-            settings is taken up.
+        scores: (B, h, w) logits and boxes: (B, h, w, 4) in pixels, of the finder's cells.
+        target: (B, P, 4) boxes in pixels. present: (B, P) bool, which of them there are.
     """
+    h, w = scores.shape[1:]
+    cells = torch.stack(torch.meshgrid(torch.arange(w), torch.arange(h), indexing="xy"), -1)
+    centre = rescale(target[..., :2], (h * PATCH, w * PATCH), (h, w))
+    centre = torch.minimum(centre.round(), torch.tensor([w - 1, h - 1])).clamp_min(0)
+    offset = cells - centre[:, :, None, None]  # (B, P, h, w, 2)
+    spread = (target[..., 2:] / PATCH / 6).clamp_min(0.7)[:, :, None, None]
+    bumps = (-((offset / spread) ** 2).sum(-1) / 2).exp() * present[..., None, None]
+    heat, owner = (x.to(scores.device) for x in bumps.max(1))
+    hit = heat == 1
+    found, missed = F.logsigmoid(scores), F.logsigmoid(-scores)
+    sure = scores.sigmoid()
+    focal = torch.where(hit, (1 - sure) ** 2 * found, (1 - heat) ** 4 * sure**2 * missed)
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings, self.step = settings, 0
-        self.checkpoint = Path(settings["checkpoint"])
-        torch.manual_seed(settings["seed"])
-        self.detector = KeypointDetector(widths=settings["widths"], threshold=0.5).to(settings["device"])
-        self.optimizer = torch.optim.AdamW(self.detector.parameters(), settings["learning_rate"], weight_decay=0.01)
-        steps = settings["steps"]
-        warm = max(1, steps // 50)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min(1, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        )
-        self.generator = Generator().manual_seed(settings["seed"])
-        if self.checkpoint.is_file():
-            self._take_up(torch.load(self.checkpoint, weights_only=True))
-
-    def _take_up(self, state: dict[str, Any]) -> None:
-        if state["settings"] != self.settings:
-            return
-        for name in ("detector", "optimizer", "schedule"):
-            getattr(self, name).load_state_dict(state[name])
-        self.generator.set_state(state["generator"])
-        self.step = state["step"]
-
-    def save(self) -> None:
-        """Writes the state under a temporary name, then puts it in place."""
-        state = {name: getattr(self, name).state_dict() for name in ("detector", "optimizer", "schedule")}
-        state |= {"settings": self.settings, "generator": self.generator.get_state(), "step": self.step}
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self.checkpoint)
-
-    def advance(self, pictures: Pictures) -> float:
-        """One step on one batch, convolutions in bfloat16; returns the loss."""
-        images, keypoints = draw_batch(pictures, self.settings["batch_size"], self.generator)
-        device = torch.device(self.settings["device"])
-        with torch.autocast(device.type, torch.bfloat16):
-            cells, absent = self.detector(images.to(device))
-        loss = detection_loss(cells, absent, keypoints, (images.shape[-2], images.shape[-1]))
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.schedule.step()
-        self.step += 1
-        return loss.item()
+    near = ((offset.abs().amax(-1) <= 1) & present[..., None, None]).to(scores.device)
+    near = near.gather(1, owner[:, None])[:, 0]
+    target = torch.cat([target[..., :2], target[..., 2:].clamp_min(2)], -1).to(scores.device)
+    goal = target.gather(1, owner.flatten(1)[..., None].expand(-1, -1, 4)).unflatten(1, (h, w))
+    error = (boxes[..., :2] - goal[..., :2]).abs() / goal[..., 2:].amax(-1, keepdim=True)
+    error = (error + (boxes[..., 2:] / goal[..., 2:]).log().abs()).sum(-1)
+    return -focal.sum() / hit.sum().clamp_min(1) + (error * near).sum() / near.sum().clamp_min(1)
 
 
 def run(settings: dict[str, Any]) -> str:
     """Trains, measures, writes weights and model card and returns the card; settings as of conf/train_detector.yaml."""
+    device = torch.device(settings["device"])
     backbone = DiffusionBackbone.from_pretrained(settings["backbone"], device=settings["device"])
-    training = Training(settings)
-    if training.step < settings["steps"]:
-        pictures = make_training_pictures(backbone, settings["seed"], settings["pictures"])
-        progress = trange(training.step, settings["steps"], initial=training.step, desc="training")
-        for _ in progress:
-            loss = training.advance(pictures)
-            if training.step % SAVE_EVERY == 0 or training.step == settings["steps"]:
-                training.save()
-                progress.set_postfix(loss=f"{loss:.3f}")
-    return finish(training.detector.eval(), backbone, settings)
+    torch.manual_seed(settings["seed"])
+    detector = KeypointDetector(widths=settings["widths"], finder_widths=settings["finder_widths"], threshold=0.5).to(
+        device
+    )
+
+    def loss(network: KeypointDetector, pictures: Pictures, empty: Tensor, generator: Generator) -> Tensor:
+        batch = draw_batch(pictures, empty, settings["batch_size"], generator)
+        with torch.autocast(device.type, torch.bfloat16):
+            cells, absent = network(batch.crops.to(device))
+            scores, boxes = network.finder(batch.images.to(device))
+        size = (batch.crops.shape[-2], batch.crops.shape[-1])
+        poses = detection_loss(cells, absent, batch.keypoints, size)
+        return poses + finder_loss(scores, boxes, batch.boxes, batch.present)
+
+    return finish(train(detector, loss, backbone, settings), backbone, settings)
 
 
 @hydra.main(config_path="../conf", config_name="train_detector", version_base="1.3")

@@ -12,6 +12,7 @@ from rg.networks import Hourglass
 from rg.points import KEYPOINTS, peaks
 
 CROP = 64  # side in pixels of the crops that poses are read from
+LEAST_KEYPOINTS = 6  # of a person who counts in full: a portrait shows eight
 
 # The keypoint that each one becomes when a picture is mirrored: left and right change places.
 _SIDES = {"left": "right", "right": "left"}
@@ -24,7 +25,8 @@ class Detection(NamedTuple):
     points: (B, P, 18, 2), (x, y) in pixels of the pictures, keypoints in the order of `rg.points.KEYPOINTS`.
     confidence: (B, P, 18) in [0, 1], the largest probability mass of any window of 5x5 cells: low when a keypoint lies
         outside the picture and when it could be in several places.
-    score: (B, P) in [0, 1], how sure it is that there is this person: that of the box times the mean confidence.
+    score: (B, P) in [0, 1], how sure it is that there is this person: that of the box times how concentrated the
+        keypoints are that its crop seems to hold.
     present: (B, P) bool, whether the score reaches the detector's threshold.
     """
 
@@ -95,7 +97,9 @@ class KeypointDetector(Hourglass):
         points = from_crops(peaks(cells, (CROP, CROP))[0], matrices, size, CROP).unflatten(0, (-1, people))
         confidence = (F.avg_pool2d(cells, 5, stride=1, padding=2) * 25).flatten(2).amax(-1).clamp(0, 1)
         confidence = confidence.unflatten(0, (-1, people))
-        score, order = (scores * confidence.mean(-1)).sort(dim=1, descending=True, stable=True)
+        held = cells.sum((1, 2, 3)).unflatten(0, (-1, people))  # how many keypoints the crop seems to hold
+        clear = confidence.sum(-1) / held.clamp_min(LEAST_KEYPOINTS)
+        score, order = (scores * clear.clamp_max(1)).sort(dim=1, descending=True, stable=True)
         rows = torch.arange(len(images), device=images.device)[:, None]
         return Detection(points[rows, order], confidence[rows, order], score, score >= self.threshold)
 

@@ -1,28 +1,16 @@
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from data_prep.marionette import render
-from experiments import train_detector
-from experiments.detector_pictures import (
-    Pictures,
-    augment,
-    draw_batch,
-    from_bytes,
-    largest_person,
-    make_empty,
-    make_training_pictures,
-    render_people,
-    to_bytes,
-)
-from experiments.detector_quality import choose_threshold
-from experiments.train_detector import Training, detection_loss, run
-from rg.backbone import DiffusionBackbone
-from rg.detectors import KeypointDetector
-from rg.metrics import PCK
+from experiments.detector_pictures import Batch, draw_batch, is_present
+from experiments.detector_quality import accuracy, choose_threshold
+from experiments.judge_pictures import Pictures, render_pictures
+from experiments.marionette.trainer import Trainer
+from experiments.train_detector import detection_loss, finder_loss, run
+from rg.detectors import Detection, KeypointDetector
+from rg.finder import boxes_around, overlap
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,79 +18,36 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
     folder = ROOT / "rg/models/marionette"
-    sizes = {"pictures": 12, "held_out": 4, "steps": 3, "batch_size": 8, "learning_rate": 2e-3, "widths": [8, 8, 8]}
-    places = {"output": str(tmp_path / "detector"), "checkpoint": str(tmp_path / "run/last.pt")}
-    return {"backbone": str(folder), "device": "cpu", "seed": 1, **places, **sizes}
+    sizes = {"pictures": 12, "held_out": 4, "steps": 3, "batch_size": 8, "learning_rate": 2e-3}
+    places = {"output": str(tmp_path / "detector"), "folder": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
+    widths = {"widths": [8, 8, 8], "finder_widths": [8, 8, 8]}
+    return {"backbone": str(folder), "device": "cpu", "seed": 1, **places, **sizes, **widths}
 
 
-def pictures(n: int = 4) -> Pictures:
-    image, keypoints = render_people(3, "train", n, side=64, kinds={"one": 1.0})
-    return Pictures(image, keypoints, torch.zeros_like(image))
+def batch(n: int = 8, size: int = 16) -> tuple[Pictures, Batch]:
+    pictures = render_pictures(3, "train", n, side=64, kinds={"one": 0.5, "two": 0.5})
+    return pictures, draw_batch(pictures, torch.zeros_like(pictures.image), size, torch.Generator().manual_seed(0))
 
 
-def test_bytes_there_and_back() -> None:
-    values = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_bytes(from_bytes(values)), values)
-
-
-def test_splits_and_pictures_are_reproducible_and_differ() -> None:
-    first, again = (render_people(3, "train", 3, side=64, kinds={"one": 1.0})[0] for _ in range(2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, render_people(3, "quality", 3, side=64, kinds={"one": 1.0})[0])
-
-
-def test_largest_person_is_taken() -> None:
+def test_absent_people_are_all_zero() -> None:
     keypoints = torch.zeros(2, 2, 18, 3)
-    keypoints[0, 0, 3, 0], keypoints[0, 1, 3, 1] = 5, 9
-    keypoints[1, 0, 3, 0] = 5
-    assert torch.equal(largest_person(keypoints), torch.stack([keypoints[0, 1], keypoints[1, 0]]))
+    keypoints[0, 1, 3, 0] = 5
+    assert is_present(keypoints).tolist() == [[False, True], [False, False]]
 
 
-def test_empty_pictures_of_a_tiny_backbone(tiny_pipeline: Callable[..., Any]) -> None:
-    backbone = DiffusionBackbone(tiny_pipeline())
-    people = render([(5, i) for i in range(7)], resolution=32, kinds={"one": 1.0}).image
-    empty = make_empty(1, "train", people, backbone, torch.Generator().manual_seed(0))
-    assert empty.shape == people.shape and empty.dtype == torch.uint8
-    # In turn: rows of one colour, the same pixels elsewhere, noise.
-    assert (empty[0] == empty[0, :, :, :1]).all()
-    assert torch.equal(empty[1].flatten(1).sort().values, people[0].flatten(1).sort().values)
-    assert not torch.equal(empty[1], people[0])
-
-
-def test_training_pictures_of_a_tiny_backbone(tiny_pipeline: Callable[..., Any]) -> None:
-    made = make_training_pictures(DiffusionBackbone(tiny_pipeline()), 1, 8)
-    plain, keypoints = render_people(1, "train", 8, side=32, kinds={"one": 0.8, "two": 0.1, "portrait": 0.1})
-    assert torch.equal(made.keypoints, keypoints)
-    assert [torch.equal(a, b) for a, b in zip(made.image, plain, strict=True)] == [True, False] * 4
-
-
-def test_augmented_keypoints_stay_on_their_pixels() -> None:
-    """A bright dot drawn at each keypoint is found where augmentation says that the keypoint went."""
-    keypoints = torch.zeros(16, 18, 3)
-    keypoints[:, :, 0], keypoints[:, :, 1] = 40, 25
-    # A pair of sides whose dots differ, so that a mirrored picture must swap them.
-    keypoints[:, 2, :2], keypoints[:, 5, :2] = torch.tensor([20.0, 30.0]), torch.tensor([44.0, 38.0])
-    rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
-    images = torch.full((16, 3, 64, 64), -0.7)
-    for channel, k in enumerate((2, 5)):
-        x, y = keypoints[0, k, :2]
-        images[:, channel] += 1.4 * torch.exp(-((columns - x) ** 2 + (rows - y) ** 2) / 8)
-    moved, points = augment(images, keypoints, torch.Generator().manual_seed(0))
-    swapped = 0
-    for image, now in zip(moved, points, strict=True):
-        weight = (image - image.median()).clamp_min(0.5) - 0.5
-        centres = torch.stack([(weight * columns).sum((1, 2)), (weight * rows).sum((1, 2))], -1)[:2]
-        centres = centres / weight[:2].sum((1, 2))[:, None]
-        straight, mirrored = ((centres - now[order, :2]).norm(dim=-1).max() for order in ([2, 5], [5, 2]))
-        assert min(straight, mirrored) < 0.5
-        swapped += int(mirrored < straight)
-    assert 0 < swapped < 16
-
-
-def test_batch_holds_empty_pictures_with_keypoints_outside() -> None:
-    images, keypoints = draw_batch(pictures(), 16, torch.Generator().manual_seed(0))
-    assert images.shape == (16, 3, 64, 64) and images.min() >= -1 and images.max() <= 1
-    assert (keypoints[-2:, :, :2].abs().amax(-1) > 1000).all() and (keypoints[:-2, :, :2].abs() < 200).all()
+def test_batch_holds_whole_pictures_and_crops_and_some_empty_ones() -> None:
+    _, drawn = batch()
+    assert drawn.images.shape == (16, 3, 64, 64) and drawn.crops.shape == (16, 3, 64, 64)
+    assert drawn.images.abs().max() <= 1 and drawn.crops.abs().max() <= 1
+    assert drawn.present.any(1).tolist() == [True] * 14 + [False] * 2
+    assert set(drawn.present[:14].sum(1).tolist()) == {1, 2}
+    assert (drawn.keypoints[-2:, :, :2] < -1000).all()
+    # Whoever is cut out fills most of the crop: MARGIN and a jitter of the box.
+    sides = boxes_around(drawn.keypoints[:14], (64, 64))[:, 2:].amax(1)
+    assert (sides > 64 / 1.25 / 1.2 - 1).all()
+    boxes = drawn.boxes[drawn.present]
+    assert (boxes[:, :2] >= -0.5).all() and (boxes[:, :2] <= 63.5).all()
+    assert (boxes[:, 2:] > 0).all() and (boxes[:, 2:] <= 64).all()
 
 
 def test_loss_is_least_for_the_distribution_around_the_keypoint() -> None:
@@ -130,10 +75,47 @@ def test_loss_has_the_gradient_that_it_should() -> None:
     torch.testing.assert_close(cells.grad.sum((2, 3)) + absent.grad, torch.zeros(2, 18), atol=1e-6, rtol=0)
 
 
-def test_threshold_lies_between_people_and_empty_pictures() -> None:
+def test_finder_loss_is_least_for_the_right_boxes_alone() -> None:
+    target = torch.tensor([[[13.5, 17.5, 8.0, 16.0], [0, 0, 0, 0]]])  # centred in cell (row 4, column 3)
+    present = torch.tensor([[True, False]])
+    boxes = target[:, :1, None].expand(1, 8, 8, 4).clone()
+    scores = torch.full((1, 8, 8), -10.0)
+    scores[0, 4, 3] = 10.0
+    assert finder_loss(scores, boxes, target, present) < 1e-3
+    # Far from the centre boxes do not count, near it they do: half a cell of eight, and a factor of e.
+    boxes[0, 0, 0] = 1.0
+    assert finder_loss(scores, boxes, target, present) < 1e-3
+    boxes[..., 0] += 4
+    boxes[..., 3] *= torch.e
+    torch.testing.assert_close(finder_loss(scores, boxes, target, present), torch.tensor(1.25), atol=1e-3, rtol=0)
+    # The cell of the person who is not there must be silent; the one who is there must not be missed.
+    for row, column, score in ((0, 0, 10.0), (4, 3, -10.0)):
+        wrong = scores.clone()
+        wrong[0, row, column] = score
+        assert finder_loss(wrong, boxes, target, present) > 5
+
+
+def test_finder_loss_gives_each_cell_to_the_nearest_person() -> None:
+    target = torch.tensor([[[5.5, 13.5, 12.0, 24.0], [25.5, 13.5, 8.0, 16.0]]])  # columns 1 and 6, row 3
+    boxes = target[:, 0, None, None].expand(1, 8, 8, 4).clone()
+    boxes[:, :, 4:] = target[:, 1, None, None]
+    scores = torch.full((1, 8, 8), -10.0)
+    scores[0, 3, [1, 6]] = 10.0
+    assert finder_loss(scores, boxes, target, torch.ones(1, 2, dtype=torch.bool)) < 1e-3
+
+
+def test_threshold_lies_between_people_and_nobody() -> None:
     assert choose_threshold(torch.linspace(0.7, 0.9, 101), torch.linspace(0, 0.1, 101)) == pytest.approx(0.4, abs=0.01)
     # Where they overlap, people go first.
     assert choose_threshold(torch.full((9,), 0.3), torch.full((9,), 0.5)) == pytest.approx(0.3)
+
+
+def test_accuracy_matches_people_whatever_their_score() -> None:
+    keypoints = torch.rand(1, 2, 18, 3) * 20 + torch.tensor([0.0, 40.0])[:, None, None]
+    points = keypoints[:, [1, 0], :, :2].clone()
+    points[:, 0, :9] += 1000
+    found = Detection(points, torch.ones(1, 2, 18), torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool))
+    assert accuracy(found, keypoints, True) == [0.75] * 3
 
 
 def test_command_runs_and_resumes_to_the_same_weights(
@@ -142,29 +124,46 @@ def test_command_runs_and_resumes_to_the_same_weights(
     card = run(settings)
     folder = Path(settings["output"])
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    assert (folder / "README.md").read_text() == card and "| renders | visible |" in card
+    assert (folder / "README.md").read_text() == card
+    assert "| one person, renders | visible |" in card and "| nobody |" in card
     whole = KeypointDetector.from_pretrained(folder)
 
-    Path(settings["checkpoint"]).unlink()
-    made = make_training_pictures(DiffusionBackbone.from_pretrained(settings["backbone"]), 1, 12)
-    killed = Training(settings)
-    killed.advance(made)
-    killed.save()
-    monkeypatch.setattr(train_detector, "SAVE_EVERY", 1)
+    advance = Trainer.advance
+
+    def killed(trainer: Trainer) -> float:
+        if trainer.step == 2:
+            trainer.save()
+            raise KeyboardInterrupt
+        return advance(trainer)
+
+    settings["folder"] += "-again"
+    monkeypatch.setattr(Trainer, "advance", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings)
+    monkeypatch.setattr(Trainer, "advance", advance)
     run(settings)
     for a, b in zip(whole.parameters(), KeypointDetector.from_pretrained(folder).parameters(), strict=True):
         assert torch.equal(a, b)
-    # Other settings start afresh.
-    assert Training(settings).step == 3 and Training({**settings, "seed": 2}).step == 0
+    # Other settings start afresh, in a folder of their own.
+    run({**settings, "seed": 2})
+    assert len(list(Path(settings["folder"]).iterdir())) == 2
 
 
 @pytest.mark.slow
-def test_overfits_one_batch(settings: dict[str, Any]) -> None:
-    few = pictures(4)
-    training = Training({**settings, "widths": [32, 32, 32], "steps": 300, "checkpoint": settings["checkpoint"]})
+def test_overfits_one_batch() -> None:
+    _, drawn = batch(4, 8)
+    torch.manual_seed(0)
+    detector = KeypointDetector(widths=(32, 32, 32), finder_widths=(16, 16, 16), threshold=0.5)
+    optimizer = torch.optim.AdamW(detector.parameters(), 3e-3)
     for _ in range(300):
-        training.advance(few)
-    metric = PCK(alphas=(0.1,))
-    found = training.detector.eval().detect(from_bytes(few.image))
-    metric.update(found.points, few.keypoints[..., :2], few.keypoints[..., 2] > 0)
-    assert metric.compute()[0.1]["mean"] > 0.9
+        cells, absent = detector(drawn.crops)
+        scores, boxes = detector.finder(drawn.images)
+        loss = detection_loss(cells, absent, drawn.keypoints, (64, 64))
+        loss = loss + finder_loss(scores, boxes, drawn.boxes, drawn.present)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    boxes, scores = detector.eval().finder.find(drawn.images, 2)
+    assert torch.equal(scores > 0.3, drawn.present.sort(1, descending=True).values)
+    best = overlap(boxes[:, :, None], drawn.boxes[:, None]).amax(1)
+    assert best[drawn.present].min() > 0.7
