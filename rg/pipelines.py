@@ -27,10 +27,10 @@ def check_pipeline(pipe: Any) -> None:
         others = [key for key, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)]
         raise ValueError(f"pipeline: expected one with a U-Net as pipe.unet, got a {name} of {others}")
     taps(unet)
-    if not hasattr(type(pipe), "do_classifier_free_guidance") or not hasattr(pipe, "encode_prompt"):
-        raise ValueError(f"pipeline: expected one that makes pictures from text, got a {name}")
     if hasattr(type(pipe), "image_guidance_scale"):
         raise ValueError(f"pipeline: expected at most two branches of classifier-free guidance, {name} has three")
+    if not hasattr(type(pipe), "do_classifier_free_guidance") or not hasattr(pipe, "encode_prompt"):
+        raise ValueError(f"pipeline: expected one that makes pictures from text, got a {name}")
     moving = {MOVING[hook] for part in unet.modules() for hook in _hook_names(part) if hook in MOVING}
     if moving:
         raise ValueError(
