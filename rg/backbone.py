@@ -94,7 +94,8 @@ class DiffusionBackbone:
             FloatingPointError: the VAE overflows.
         """
         posterior = self.vae.encode(images.to(self.device)).latent_dist
-        return self._finite(posterior.mean) * self.vae.config.scaling_factor, posterior.std * self.vae.config.scaling_factor
+        factor = self.vae.config.scaling_factor
+        return self._finite(posterior.mean) * factor, posterior.std * factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a U-Net is conditioned on beside the time: the condition that a head was trained under, for every model family."""
+"""What a U-Net is conditioned on beside the time, in every family: the condition that a head was trained under."""
 
 from dataclasses import dataclass
 from typing import Any

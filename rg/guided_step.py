@@ -82,9 +82,7 @@ class GuidedRun:
         self.step += 1
         return self.step - 1, getattr(self.pipe, "num_timesteps", len(scheduler.timesteps))
 
-    def _guided_rows(
-        self, inputs: dict[str, Any], sample: Tensor, images: int
-    ) -> tuple[slice, dict[str, Any], bool]:
+    def _guided_rows(self, inputs: dict[str, Any], sample: Tensor, images: int) -> tuple[slice, dict[str, Any], bool]:
         """Rows that guidance reads, their inputs, and whether the pipeline's own prediction is shared."""
         batch, factor = len(sample), self.pipe.vae_scale_factor
         rows = {

@@ -26,7 +26,7 @@ class ReadoutHead(LightningModule):
     Args:
         tap_channels: channels of the backbone's taps, coarse to fine.
         time_embed_dim: width of the backbone's time embedding.
-        condition_dim: width of the backbone's text embeddings; it tells apart families with the same taps. None: unknown.
+        condition_dim: width of the backbone's text embeddings; tells families of equal taps apart. None: unknown.
         projection_dim: channels of the aggregate; norm_groups must divide a quarter of it.
         output_scale: readout cells per latent cell and axis.
         time_convention: index embedded for time t: "direct" t, "mirrored" N - t (the authors' files), "none".

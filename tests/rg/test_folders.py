@@ -93,14 +93,14 @@ DAMAGE = {
     "no weights": (lambda f: (f / "text_encoder/model.safetensors").unlink(), FileNotFoundError,
                    r"expected weights text_encoder/\*.safetensors, found \['config.json'\]"),
     "pickled weights": (lambda f: (f / "text_encoder/model.safetensors").rename(f / "text_encoder/pytorch_model.bin"),
-                        FileNotFoundError, r"expected weights text_encoder/\*.safetensors, found \[.*pytorch_model.bin"),
+                        FileNotFoundError, r"expected weights text_encoder/\*.safetensors, .*pytorch_model.bin"),
     "one file short": (lambda f: min((f / "unet").glob("*-of-*.safetensors")).unlink(), FileNotFoundError,
                        r"half downloaded: expected \d files of weights in unet, \['diffusion_pytorch_model-00001-of-"),
     "cut short": (lambda f: cut(f / "vae/diffusion_pytorch_model.safetensors"), ValueError,
                   r"vae/diffusion_pytorch_model.safetensors is half downloaded: expected \d+ bytes, found \d+"),
     "empty": (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_bytes(b""), ValueError,
               r"is no safetensors file, or cut short after 0 bytes"),
-    "a page": (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_text("<html>not found</html>"), ValueError,
+    "a page": (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_text("<html>not</html>"), ValueError,
                r"is no safetensors file"),
     "damaged index": (lambda f: (f / "model_index.json").write_text("{"), ValueError, "model_index.json is damaged"),
     "other sizes": (lambda f: (f / "unet/config.json").write_text(
@@ -145,7 +145,7 @@ def test_a_hub_that_does_not_answer_is_one_clear_error(monkeypatch, tmp_path, of
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(FileNotFoundError, match=r"backbone nobody/nothing: expected a folder, or a repository in the") as e:
+    with pytest.raises(FileNotFoundError, match="backbone nobody/nothing: expected a folder, or a repository") as e:
         load_pipeline("nobody/nothing")
     assert "\n" not in str(e.value) and "hf download nobody/nothing" in str(e.value) and e.value.__suppress_context__
 
@@ -162,5 +162,5 @@ def test_a_repository_in_the_hubs_cache_loads_offline_and_a_part_of_it_is_named(
     assert find_pipeline("somebody/tiny") == snapshot
     assert DiffusionBackbone.from_pretrained("somebody/tiny").condition_dim == 16
     (snapshot / "text_encoder_2/model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected weights text_encoder_2/\*.safetensors, found \['config.json'\]"):
+    with pytest.raises(FileNotFoundError, match=r"expected weights text_encoder_2/\*.safetensors"):
         load_pipeline("somebody/tiny")
