@@ -4,9 +4,9 @@
 arguments stay the user's own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from torch import Tensor
@@ -16,8 +16,9 @@ from rg.guided_step import GuidedRun, StepTrace
 from rg.hooks import hooked
 from rg.pipelines import check_head, check_pipeline, uncompiled
 from rg.precision import watched
+from rg.recording import RecordingRun
 from rg.schedules import check_scheduler, moved_samples
-from rg.targets import FixedTarget
+from rg.targets import FixedTarget, ReferenceTarget
 
 UPDATES = ("score", "adam")
 BRANCHES = ("uncond", "cond", "both")
@@ -31,15 +32,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class GuidanceTerm:
-    """One summand of the energy: weight * head.energy(readout, target).
+    """One summand of the energy: weight * head.energy(readout, target, **arguments).
 
     head: called as head(features, time_embedding). Without a target its result is itself the energy (B,), so that any
         callable on features can guide.
+    arguments: what else the energy reads, such as points or boxes; tensors are (1 or B, ...), one per image.
     """
 
     head: Callable[[list[Tensor], Tensor | None], Tensor]
-    target: FixedTarget | None = None
+    target: FixedTarget | ReferenceTarget | None = None
     weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.target is not None and not hasattr(self.head, "energy"):
@@ -120,19 +123,38 @@ class ReadoutGuidance:
         Raises:
             ValueError: the pipeline or its scheduler has no rule, or a head was made for another backbone.
         """
-        check_pipeline(pipe)
         check_scheduler(pipe.scheduler, self.update)
+        with self._hooked(pipe, GuidedRun) as run, ExitStack() as stack:
+            if self.update == "adam":
+                stack.enter_context(moved_samples(pipe.scheduler, run.take_move))
+            yield self
+
+    @contextmanager
+    def record(self, pipe: Any) -> Iterator[Self]:
+        """Keeps what the terms' heads read of the pictures that `pipe` makes inside the context, unguided.
+
+        Every ReferenceTarget gets the readouts of the last run, of this guidance's branch and window of steps.
+        A run whose text guidance is 1 has no unconditional half: record both branches with guidance_scale=1.0001.
+
+        Raises:
+            ValueError: as `attach` does, or no term has a ReferenceTarget.
+        """
+        if not any(isinstance(term.target, ReferenceTarget) for term in self.terms):
+            raise ValueError("terms: expected one with a ReferenceTarget to record, got none")
+        with self._hooked(pipe, RecordingRun):
+            yield self
+
+    @contextmanager
+    def _hooked(self, pipe: Any, kind: type[GuidedRun]) -> Iterator[GuidedRun]:
+        """Lets a run of this guidance answer for the pipeline's denoiser."""
+        check_pipeline(pipe)
         for term in self.terms:
             check_head(term.head, pipe)
         condition = None
         if self.prompt is not None and self.branch == "uncond":
             condition = encode_condition(pipe, self.prompt)
             pipe.maybe_free_model_hooks()  # an offloaded text encoder goes back
-        with ExitStack() as stack:
-            stack.enter_context(uncompiled(pipe))
-            run = GuidedRun(self, pipe, condition)
-            stack.enter_context(hooked(pipe.unet, run, checkpointing=self.checkpointing))
-            stack.enter_context(watched(getattr(pipe, "vae", None)))
-            if self.update == "adam":
-                stack.enter_context(moved_samples(pipe.scheduler, run.take_move))
-            yield self
+        with uncompiled(pipe), watched(getattr(pipe, "vae", None)):
+            run = kind(self, pipe, condition)
+            with hooked(pipe.unet, run, checkpointing=self.checkpointing):
+                yield run

@@ -49,7 +49,7 @@ class GuidedRun:
             x = sample[rows].detach().requires_grad_()
             prediction = predict(self.pipe.unet, x, timestep, forward=forward, **guided_inputs)
         output, latent = prediction.output.detach(), x.detach()[:, : self.channels]
-        energy = measure(guidance, self.pipe, prediction.features, latent, timestep, images)
+        energy = measure(guidance, self.pipe, prediction.features, latent, timestep, images, step)
         self._check_finite("energy", energy.value, timestep)
         gradient = pull_back(prediction.features, energy.slopes, x)[:, : self.channels]
         gradient = gradient.unflatten(0, (-1, images)).sum(0)

@@ -13,7 +13,7 @@ PACKAGES = ("rg", "data_prep", "experiments")
 FILES = sorted(path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 ANY = None
-GUIDANCE = {"rg.hooks", "rg.targets", "rg.guided_step", "rg.schedules", "rg.energies"}
+GUIDANCE = {"rg.hooks", "rg.targets", "rg.guided_step", "rg.schedules", "rg.energies", "rg.recording"}
 # What training and guidance both need of a pipeline.
 MODEL = {"rg.hooks", "rg.conditions", "rg.pipelines", "rg.precision"}
 SHARDS = {"rg.points", "rg.samples", "rg.shards"}
@@ -33,7 +33,9 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/targets.py": ({"rg.points"}, ANY),
     "rg/guidance.py": (GUIDANCE | MODEL, ANY),
     "rg/guided_step.py": (GUIDANCE | MODEL, ANY),  # this, energies and schedules are parts of guidance
-    "rg/energies.py": ({"rg.hooks"}, {"torch"}),
+    "rg/recording.py": (GUIDANCE, {"torch"}),
+    "rg/inversion.py": ({"rg.backbone"}, {"torch", "diffusers", "tqdm"}),
+    "rg/energies.py": ({"rg.hooks", "rg.targets"}, {"torch"}),
     "rg/schedules.py": (set(), {"torch", "diffusers"}),
     "rg/data.py": (SHARDS, ANY),
     "rg/samples.py": (SHARDS, ANY),  # this and shards are parts of data

@@ -25,7 +25,7 @@ def gradient_of(pipe, head, weight=1.0, scaled=True):
     if not scaled:
         (gradient,) = torch.autograd.grad(weight * head([f.float() for f in features], None).sum(), x)
         return gradient.float()
-    energy = measure(guidance, pipe, features, x, timestep, 2)
+    energy = measure(guidance, pipe, features, x, timestep, 2, 0)
     return pull_back(features, energy.slopes, x)
 
 
