@@ -45,20 +45,12 @@ class GuidedRun:
             return forward(sample, timestep, return_dict=False, **inputs)[0]
         images = len(sample) // 2 if self.pipe.do_classifier_free_guidance else len(sample)
         rows, guided_inputs, shared = self._guided_rows(inputs, sample, images)
-        with torch.enable_grad():
-            x = sample[rows].detach().requires_grad_()
-            prediction = predict(self.pipe.unet, x, timestep, forward=forward, **guided_inputs)
-        output, latent = prediction.output.detach(), x.detach()[:, : self.channels]
-        energy = measure(guidance, self.pipe, prediction.features, latent, timestep, images, step)
-        self._check_finite("energy", energy.value, timestep)
-        gradient = pull_back(prediction.features, energy.slopes, x)[:, : self.channels]
-        gradient = gradient.unflatten(0, (-1, images)).sum(0)
-        self._check_finite("gradient", gradient, timestep)
+        output, energy, gradient = self._read(forward, sample[rows], timestep, guided_inputs, images, step)
         if guidance.update == "adam":
             delta = self.move = -guidance.learning_rate * gradient / (gradient.abs() + 1e-8)
             output = forward(shifted(sample, delta), timestep, return_dict=False, **inputs)[0]
         else:
-            delta = self._output_change(gradient, output[:images, : self.channels], latent[:images], timestep)
+            delta = self._output_change(gradient, output[:images], sample[rows][:images], timestep)
             if not shared:
                 output = forward(sample, timestep, return_dict=False, **inputs)[0]
             elif len(output) < len(sample):
@@ -66,6 +58,22 @@ class GuidedRun:
             output = shifted(output, delta)
         self._record(step, timestep, energy, gradient, delta, shared)
         return output
+
+    def _read(
+        self, forward: Callable[..., Any], rows: Tensor, timestep: Tensor, inputs: Any, images: int, step: int
+    ) -> tuple[Tensor, Energy, Tensor]:
+        """The denoiser's output for rows of x_t, the energy of their features, and its gradient at the latents, summed
+        over branches: (images, C, h, w). The graph is gone when this returns."""
+        with torch.enable_grad():
+            x = rows.detach().requires_grad_()
+            prediction = predict(self.pipe.unet, x, timestep, forward=forward, **inputs)
+        latent = x.detach()[:, : self.channels]
+        energy = measure(self.guidance, self.pipe, prediction.features, latent, timestep, images, step)
+        self._check_finite("energy", energy.value, timestep)
+        gradient = pull_back(prediction.features, energy.slopes, x)[:, : self.channels]
+        gradient = gradient.unflatten(0, (-1, images)).sum(0)
+        self._check_finite("gradient", gradient, timestep)
+        return prediction.output.detach(), energy, gradient
 
     def take_move(self) -> Tensor | None:
         """The move of x_t that the scheduler's coming step has to start from, once."""
@@ -103,7 +111,8 @@ class GuidedRun:
         prediction_type = self.pipe.scheduler.config.prediction_type
         abar = alpha_bar(self.pipe.scheduler, timestep).to(gradient)
         if self.guidance.normalize == "rms":
-            noise = output_to_noise(output.float(), x.float(), prediction_type, abar)
+            output, x = output[:, : self.channels].float(), x[:, : self.channels].float()
+            noise = output_to_noise(output, x, prediction_type, abar)
             size = gradient.flatten(1).square().mean(1).sqrt().clamp_min(1e-12)
             reference = noise.flatten(1).square().mean(1).sqrt()
             gradient = gradient * (reference / size).view(-1, 1, 1, 1)
