@@ -13,7 +13,7 @@ PEAK, BACKOFF, BACKOFFS = 16.0, 2.0**-5, 4
 
 
 def pull_back(features: list[Tensor], slopes: list[Tensor | None], x: Tensor) -> Tensor:
-    """Gradient at x of an energy, given its gradients at the features: J^T slopes, (B, C, h, w) in float32.
+    """Gradient at x of an energy, given its gradients at the features: J^T slopes, (B, C, h, w), at least in float32.
 
     In float16 small gradients become zero (Micikevicius et al., 2018, section 3.2): there each row's slopes are
     multiplied by a scale of its own, which the result is divided by. Rows do not mix, so a row's gradient does not
@@ -42,7 +42,7 @@ def pull_back(features: list[Tensor], slopes: list[Tensor | None], x: Tensor) ->
         )
         if gradient is None:
             raise ValueError("denoiser: no gradient reaches its input from its taps; a part of it detaches them")
-        gradient = gradient.float() / scale
+        gradient = gradient / scale  # half precision becomes float32
         bad = ~gradient.flatten(1).isfinite().all(1)
         if not again or not bad.any():
             break
