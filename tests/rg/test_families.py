@@ -189,3 +189,52 @@ def test_a_scheduler_that_scales_its_sample(tokenizer, family):
     torch.testing.assert_close(delta[:2].flatten(1).norm(dim=1), norm, rtol=1e-3, atol=1e-4)
     for handle in handles:
         handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments"),
+    [
+        ("sd15_controlnet", {"guess_mode": True}),
+        ("sd15_controlnet", {"control_guidance_end": 0.5}),
+        ("sdxl_adapter", {"adapter_conditioning_factor": 0.5}),
+        ("sd15", {"eta": 1.0}),
+    ],
+    ids=lambda value: str(value),
+)
+def test_the_pipelines_own_arguments_keep_their_meaning(tokenizer, family, arguments):
+    pipe = build(family, tokenizer)
+    plain = denoise(pipe, family, **arguments)
+    assert not torch.allclose(plain, denoise(pipe, family), atol=1e-4)
+    for branch in ("uncond", "cond", "both"):
+        guidance = ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=0.0, branch=branch)
+        torch.testing.assert_close(denoise(pipe, family, guidance, **arguments), plain, rtol=1e-5, atol=1e-5)
+
+
+def add_ip_adapter(unet, width, tokens=4):
+    """Random weights that let a U-Net attend to picture embeddings of `width` too (IP-Adapter, Ye et al., 2023)."""
+    cross = unet.config.cross_attention_dim
+    attention, number = {}, 1
+    for name in unet.attn_processors:
+        if name.endswith("attn2.processor"):
+            size = unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape
+            for part in ("to_k_ip", "to_v_ip"):
+                attention[f"{number}.{part}.weight"] = torch.randn(size) * 0.3
+            number += 2
+    proj = {"proj.weight": torch.randn(tokens * cross, width) * 0.3, "proj.bias": torch.zeros(tokens * cross)}
+    proj |= {"norm.weight": torch.ones(cross), "norm.bias": torch.zeros(cross)}
+    unet._load_ip_adapter_weights([{"image_proj": proj, "ip_adapter": attention}])
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_picture_prompts_are_sliced_with_the_rows(tokenizer, family):
+    pipe = build(family, tokenizer)
+    torch.manual_seed(0)
+    add_ip_adapter(pipe.unet, 6)
+    # What the unconditional half gets, then the conditional one; the pipeline repeats both for its pictures.
+    embeddings = {"ip_adapter_image_embeds": [torch.randn(2, 1, 6)]}
+    plain = denoise(pipe, family, **embeddings)
+    other = denoise(pipe, family, ip_adapter_image_embeds=[torch.zeros(2, 1, 6)])
+    assert not torch.allclose(plain, other, atol=1e-3)
+    for branch in ("uncond", "cond", "both"):
+        guidance = ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=0.0, branch=branch)
+        torch.testing.assert_close(denoise(pipe, family, guidance, **embeddings), plain, rtol=1e-5, atol=1e-5)
