@@ -27,29 +27,45 @@ def psnr(images: Tensor, originals: Tensor) -> float:
     return float((-10 * error.clamp_min(1e-10).log10()).mean())
 
 
-def distance_to(features: Tensor, reference: Tensor, parts: int = PARTS) -> dict[str, float]:
-    """Kernel distance of features (N, D) to (M, D), with its standard error: {"value", "sem"}.
+def distance_to(features: Mapping[str, Tensor], reference: Tensor, parts: int = PARTS) -> dict[str, dict[str, float]]:
+    """Kernel distances of sets of features (N, D) to (M, D), and how much larger they are than that of "ceiling".
 
-    The error is the jackknife's: both sets are cut into `parts`, and the distance is taken anew without each in turn.
+    Standard errors are the jackknife's: all sets are cut into `parts`, and everything is taken anew without each in
+    turn. Sets of the same prompts are cut alike, so that the excess over the ceiling is surer than its two terms.
+
+    Returns:
+        set -> {"value", "sem"}, and but for the ceiling itself {"excess", "excess_sem"} too.
 
     Raises:
         ValueError: fewer than two parts, or than two features per part.
     """
-    if parts < 2 or min(len(features), len(reference)) < 2 * parts:
-        raise ValueError(f"expected 2 parts of 2 pictures or more, got {len(features)} and {len(reference)} in {parts}")
+    smallest = min(len(reference), *map(len, features.values()))
+    if parts < 2 or smallest < 2 * parts:
+        raise ValueError(f"expected 2 parts of 2 pictures or more, got {smallest} pictures in {parts}")
 
     def without(part: int, x: Tensor) -> Tensor:
         return x[torch.arange(len(x)) % parts != part]
 
-    left = torch.tensor([kernel_distance(without(i, features), without(i, reference)) for i in range(parts)])
-    sem = math.sqrt((parts - 1) / parts * float((left - left.mean()).square().sum()))
-    return {"value": kernel_distance(features, reference), "sem": sem}
+    def error(left: Tensor) -> float:
+        return math.sqrt((parts - 1) / parts * float((left - left.mean()).square().sum()))
+
+    value = {name: kernel_distance(x, reference) for name, x in features.items()}
+    rest = [without(part, reference) for part in range(parts)]
+    left = {
+        name: torch.tensor([kernel_distance(without(i, x), rest[i]) for i in range(parts)]).double()
+        for name, x in features.items()
+    }
+    found = {name: {"value": value[name], "sem": error(left[name])} for name in features}
+    for name in features.keys() - {"ceiling"} if "ceiling" in features else ():
+        excess = error(left[name] - left["ceiling"])
+        found[name] |= {"excess": value[name] - value["ceiling"], "excess_sem": excess}
+    return found
 
 
 def distances(
     sets: Mapping[str, Tensor], reference: Tensor, embed: Callable[[Tensor], Tensor], parts: int = PARTS
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Kernel distances of sets of pictures to a reference: {"raw", "standardised"} -> set -> {"value", "sem"}.
+    """Kernel distances of sets of pictures to a reference: {"raw", "standardised"} -> set -> as of `distance_to`.
 
     "raw" takes the features as they are, as the evaluation of guidance does. "standardised" gives every feature mean 0
     and variance 1 over the reference first: only these may be compared between two embeddings.
@@ -57,11 +73,10 @@ def distances(
     features = {name: embed(pictures).double() for name, pictures in sets.items()}
     goal = embed(reference).double()
     mean, std = goal.mean(0), goal.std(0).clamp_min(1e-6)
+    standardised = {name: (x - mean) / std for name, x in features.items()}
     return {
-        "raw": {name: distance_to(x, goal, parts) for name, x in features.items()},
-        "standardised": {
-            name: distance_to((x - mean) / std, (goal - mean) / std, parts) for name, x in features.items()
-        },
+        "raw": distance_to(features, goal, parts),
+        "standardised": distance_to(standardised, (goal - mean) / std, parts),
     }
 
 

@@ -16,10 +16,6 @@ def _percent(found: dict[str, float] | None) -> str:
     return f"{found['share']:.1%} ± {found['sem']:.1%}" if found else "-"
 
 
-def _distance(found: dict[str, float]) -> str:
-    return f"{found['value']:.4f} ± {found['sem']:.4f}"
-
-
 def _sets(figures: dict[str, Any]) -> list[str]:
     """The scales, then the ceiling."""
     return [*sorted(name for name in figures if name != "ceiling"), "ceiling"]
@@ -40,8 +36,11 @@ def main_table(results: dict[str, Any]) -> str:
     """Distances and people found."""
     sets = _sets(results["people_found"])
     rows = []
-    for form, label in (("raw", "kernel distance"), ("standardised", "the same, standardised features")):
-        rows.append([label, *(_distance(results["kernel_distance"][form][name]) for name in sets)])
+    for form, label in (("raw", "kernel distance"), ("standardised", "standardised kernel distance")):
+        found = results["kernel_distance"][form]
+        rows.append([label, *(f"{found[name]['value']:.4f} ± {found[name]['sem']:.4f}" for name in sets)])
+        excess = [f"{found[name]['excess']:+.4f} ± {found[name]['excess_sem']:.4f}" for name in sets[:-1]]
+        rows.append([f"{label}, less the ceiling's", *excess, ""])
     for kind, label in (("one", "person"), ("two", "both people")):
         for key in ("found", "whole"):
             cells = [_percent(results["people_found"][name].get(kind, {}).get(key)) for name in sets]
@@ -78,12 +77,11 @@ def former_table(results: dict[str, Any], former: dict[str, Any]) -> str:
     """The figures that the former model has too, each beside its own ceiling."""
     rows = []
     scales = [name for name in _sets(results["people_found"])[:-1] if name in former["whole_person"]]
-    for form, label in (("raw", "kernel distance"), ("standardised", "the same, standardised")):
+    for form, label in (("raw", "kernel distance"), ("standardised", "standardised kernel distance")):
         both = [model["kernel_distance"][form] for model in (results, former)]
-        rows += [
-            [f"{label}, {name}", *(_beside(*(d[n]["value"] for n in (name, "ceiling"))) for d in both)]
-            for name in scales
-        ]
+        for name in scales:
+            cells = [f"{d[name]['excess']:+.4f} ± {d[name]['excess_sem']:.4f}" for d in both]
+            rows.append([f"{label} less the ceiling's, {name}", *cells])
     for name in scales:
         both = [(results["people_found"][n]["one"]["whole"], former["whole_person"][n]) for n in (name, "ceiling")]
         rows.append([f"person found whole, {name}", *(_of(*pair) for pair in zip(*both, strict=True))])
@@ -96,10 +94,6 @@ def former_table(results: dict[str, Any], former: dict[str, Any]) -> str:
     counts = [sum(results["parameters"].values()), former["parameters"]]
     rows.append(["parameters, million", *(f"{count / 1e6:.1f}" for count in counts)])
     return table(["figure (ceiling)", "this model", "the former"], rows)
-
-
-def _beside(value: float, ceiling: float) -> str:
-    return f"{value:.4f} ({ceiling:.4f})"
 
 
 def _of(found: dict[str, float], ceiling: dict[str, float]) -> str:

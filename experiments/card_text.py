@@ -32,10 +32,13 @@ def training_text(record: dict[str, Any] | None) -> list[str]:
     if not record:
         return []
     stages = {name: found for name, found in record.items() if isinstance(found, dict)}
-    shown = [key for key in ("steps", "batch_size", "seconds") if any(key in found for found in stages.values())]
-    rows = [[name, *(f"{found[key]:,.0f}" if key in found else "-" for key in shown)] for name, found in stages.items()]
+    minutes = {name: f"{found['seconds'] / 60:.1f}" for name, found in stages.items() if "seconds" in found}
+    rows = [
+        [name, *(f"{found[key]:,}" if key in found else "-" for key in ("steps", "batch_size")), minutes.get(name, "-")]
+        for name, found in stages.items()
+    ]
     command = [f"    {record['command']}"] if "command" in record else []
-    return ["## Training", *command, table(["stage", *(key.replace("_", " ") for key in shown)], rows)]
+    return ["## Training", *command, table(["stage", "steps", "batch size", "minutes"], rows)]
 
 
 def measured_text(results: dict[str, Any]) -> str:
@@ -108,7 +111,7 @@ def card_text(results: dict[str, Any], former: dict[str, Any] | None) -> str:
     seconds = (f"{x['seconds_per_image']:.2f} s at scale {x['guidance_scale']:g}" for x in results["latency"])
     cost = _wrap(
         f"{timing['num_inference_steps']} steps in a batch of {timing['batch_size']}, {timing['threads']} threads on",
-        f"{results['device']}, per image: {', '.join(seconds)}.",
+        f"{timing['device']}, per image: {', '.join(seconds)}.",
     )
     sheet = _wrap(
         f"`{cfg['sheet']}`: the first {len(results['sheet'])} prompts and seeds at scale {cfg['scale']:g}, none",

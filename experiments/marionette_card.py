@@ -4,31 +4,25 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, get_num_threads, set_num_threads
 from tqdm import tqdm
 
 from data_prep.marionette import Stills
 from data_prep.marionette.scene import Scene
+from experiments.card_judges import Judges
 from experiments.card_sampling import latency, model_id, reconstruct, sample
 from experiments.card_scenes import CHANGED, held_out, recolored_pairs, render_chunks
-from experiments.card_scores import both, distances, fidelity, flips, psnr, share, whole
+from experiments.card_scores import both, distances, fidelity, flips, psnr
 from experiments.card_text import card_text, contact_sheet
-from experiments.judge_pictures import from_bytes
 from rg.backbone import DiffusionBackbone
-from rg.classifier import AttributeClassifier
-from rg.detectors import Detection, KeypointDetector
 from rg.evaluation import write_text
 from rg.models import locate
 from rg.runs import clear_errors
-
-CHUNK = 100
 
 
 class Card:
@@ -46,22 +40,18 @@ class Card:
             raise ValueError(f"scale: expected one of {settings['scales']}, got {settings['scale']}: change `scale`")
         self.settings, self.seed, self.scale = settings, settings["seed"], settings["scale"]
         self.backbone = DiffusionBackbone.from_pretrained(settings["model"], device=settings["device"])
-        device = self.backbone.device
-        self.detector = KeypointDetector.from_pretrained(settings["detector"], device=device)
-        self.classifier = AttributeClassifier.from_pretrained(settings["classifier"], device=device)
+        self.judges = Judges(settings["detector"], settings["classifier"], device=self.backbone.device)
 
     def results(self) -> tuple[dict[str, Any], Tensor]:
         """Everything that the card tells, and the pictures of the contact sheet."""
-        cfg, timing = self.settings, dict(self.settings["latency"])
+        cfg = self.settings
         scenes = self.scenes("samples", cfg["images"])
         figures, sets = self.main_figures(scenes)
         figures |= {"unseen_pairs": self.unseen_pairs(), "changed_words": self.changed_words()}
-        prompts = scenes.prompt[: timing.pop("images")]
-        figures["latency"] = [latency(self.backbone, prompts, guidance_scale=s, **timing) for s in cfg["scales"]]
+        figures["latency"] = self.latencies(scenes.prompt)
         pipeline = self.backbone.pipeline
         modules = {"autoencoder": pipeline.vae, "text_encoder": pipeline.text_encoder, "unet": pipeline.unet}
         figures["parameters"] = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
-        figures["device"] = str(self.backbone.device)
         sheet = sets[f"scale {self.scale:g}"][: cfg["sheet_images"]]
         return {"model": model_id(self.backbone), **figures, "sheet": scenes.prompt[: len(sheet)]}, sheet
 
@@ -72,27 +62,14 @@ class Card:
         reference = self.scenes("reference", self.settings["images"]).image
         figures: dict[str, Any] = {
             "psnr": {"mean": psnr(sets["ceiling"], scenes.image), "sampled": psnr(drawn, scenes.image)},
-            "kernel_distance": distances(sets, reference, self.embed, self.settings["parts"]),
+            "kernel_distance": distances(sets, reference, self.judges.embed, self.settings["parts"]),
             "people_found": {},
             "fidelity": {},
         }
         for name, images in tqdm(sets.items(), desc="judging"):
-            figures["people_found"][name] = self.people_found(images, scenes.kind)
-            figures["fidelity"][name] = fidelity(self.read(images), scenes.attributes, scenes.prompt)
+            figures["people_found"][name] = self.judges.people_found(images, scenes.kind, **self.settings["whole"])
+            figures["fidelity"][name] = fidelity(self.judges.read(images), scenes.attributes, scenes.prompt)
         return figures, sets
-
-    def people_found(self, images: Tensor, kinds: Sequence[str]) -> dict[str, Any]:
-        """How often all people are found, and found whole, in pictures of one person and in pictures of two."""
-        result = {}
-        for people, kind in enumerate(("one", "two"), 1):
-            chosen = torch.tensor([k == kind for k in kinds])
-            if not chosen.any():
-                continue
-            found = self.detect(images[chosen], people)
-            entire = found.present & whole(found.confidence, **self.settings["whole"])
-            hits = {"found": found.present, "whole": entire}
-            result[kind] = {key: share(int(hit.all(1).sum()), int(chosen.sum())) for key, hit in hits.items()}
-        return result
 
     def unseen_pairs(self) -> dict[str, Any]:
         """Fidelity where shirt and trousers are of colours that are never together in training."""
@@ -103,7 +80,7 @@ class Card:
         }
         result: dict[str, Any] = {}
         for name, images in sets.items():
-            read = self.read(images)
+            read = self.judges.read(images)
             right = fidelity(read, scenes.attributes, scenes.prompt)["alone"]
             result[name] = {**right, "pair": both(read, scenes.attributes)}
         return result
@@ -117,10 +94,22 @@ class Card:
             result[name] = {}
             for source in ("samples", "ceiling"):
                 before, after = (
-                    self.read(self.pictures(source, s, pairs.indices)) for s in (pairs.before, pairs.after)
+                    self.judges.read(self.pictures(source, s, pairs.indices)) for s in (pairs.before, pairs.after)
                 )
                 result[name][source] = flips(before, after, truth, words, name)
         return result
+
+    def latencies(self, prompts: Sequence[str]) -> list[dict[str, Any]]:
+        """Seconds per image at each scale, on the device and with the threads that the settings name."""
+        settings = dict(self.settings["latency"])
+        device, threads, chosen = settings.pop("device"), settings.pop("threads"), prompts[: settings.pop("images")]
+        backbone, before = DiffusionBackbone.from_pretrained(self.settings["model"], device=device), get_num_threads()
+        set_num_threads(threads)
+        try:
+            found = [latency(backbone, chosen, guidance_scale=s, **settings) for s in self.settings["scales"]]
+        finally:
+            set_num_threads(before)
+        return [{**entry, "device": device} for entry in found]
 
     def pictures(self, source: str, scenes: Sequence[Scene], indices: Sequence[int]) -> Tensor:
         """Samples of the prompts of scenes, or ("ceiling") their renders through the autoencoder."""
@@ -138,44 +127,22 @@ class Card:
         arguments = {**self.settings["sampling"], "batch_size": self.settings["batch_size"], "guidance_scale": scale}
         return sample(self.backbone, prompts, seeds, Path(self.settings["folder"]) / "samples", name=name, **arguments)
 
-    def detect(self, images: Tensor, people: int) -> Detection:
-        """The detector's word on pictures (N, 3, H, W) uint8."""
-        found = [self.detector.detect(chunk, people) for chunk in self.chunks(images)]
-        return Detection(*(torch.cat(column).cpu() for column in zip(*found, strict=True)))
-
-    def read(self, images: Tensor) -> list[dict[str, str]]:
-        """The classifier's word on pictures (N, 3, H, W) uint8: of each, attribute -> class."""
-        return [*chain.from_iterable(self.classifier.read(chunk) for chunk in self.chunks(images))]
-
-    def embed(self, images: Tensor) -> Tensor:
-        """The detector's features of pictures (N, 3, H, W) uint8, for the kernel distance."""
-        return torch.cat([self.detector.embed(chunk).cpu() for chunk in self.chunks(images)])
-
-    def chunks(self, images: Tensor) -> list[Tensor]:
-        """Pictures as the judges take them, some at a time."""
-        return [from_bytes(chunk).to(self.backbone.device) for chunk in images.split(CHUNK)]
-
 
 def read_json(path: str | None) -> dict[str, Any] | None:
     """A JSON file; None where there is none."""
     return json.loads(Path(path).read_text()) if path and Path(path).is_file() else None
 
 
-def command_line() -> str:
-    """What was typed to run this process, if that was `python -m`."""
-    spec = sys.modules["__main__"].__spec__
-    return shlex.join(["python", *(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]])
-
-
-def run(settings: Mapping[str, Any]) -> str:
+def run(settings: Mapping[str, Any], command: str) -> str:
     """Measures the model, writes results, contact sheet and card, and returns the card.
 
     Args:
         settings: as of conf/marionette_card.yaml, plain values.
+        command: what the card says it was made by.
     """
     results, sheet = Card(settings).results()
     size = sum(path.stat().st_size for path in locate(settings["model"]).rglob("*.safetensors")) / 1e6
-    results = {"command": command_line(), "megabytes": size, **results, "settings": dict(settings)}
+    results = {"command": command, "megabytes": size, **results, "settings": dict(settings)}
     results["training"] = read_json(settings["record"])
     write_text(Path(settings["results"]), results)
     contact_sheet(sheet, Path(settings["sheet"]))
@@ -188,7 +155,8 @@ def run(settings: Mapping[str, Any]) -> str:
 @clear_errors
 def main(cfg: DictConfig) -> None:
     """Makes the card with the settings of the command line and prints it."""
-    print(run(OmegaConf.to_container(cfg, resolve=True)))
+    command = shlex.join(["python", "-m", "experiments.marionette_card", *sys.argv[1:]])
+    print(run(OmegaConf.to_container(cfg, resolve=True), command))
 
 
 if __name__ == "__main__":

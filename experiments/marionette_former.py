@@ -28,7 +28,7 @@ from rg.runs import quiet_libraries
 
 COMMIT = "9bb06e4"
 COMMAND = "python -m experiments.marionette_former"
-COUNT, STEPS, SCALES, BATCH, THREADS = 512, 30, (1.0, 2.0), 32, 2
+COUNT, STEPS, SCALES, BATCH, THREADS = 1000, 30, (1.0, 2.0), 32, 2
 SEED = 6007  # of no data set and no training
 LEAST, WHOLE = 0.5, 16  # a person is whole with this many keypoints of this confidence
 READ_TRAIN, READ_STEPS = 6000, 3000

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Generator, Tensor
 
 from experiments.detector_pictures import from_bytes, to_bytes
-from experiments.marionette.files import is_done, save, write_note
+from experiments.marionette.files import Outcome, is_done, save, write_note
 from experiments.marionette.pictures import Pictures
 from experiments.marionette.reconstruction import encode, quality, write_grid
 from experiments.marionette.trainer import Trainer
@@ -87,22 +87,24 @@ def finish(vae: AutoencoderKL, pictures: Tensor, held_out: Tensor, folder: Path)
 
 def train_autoencoder(
     pictures: Pictures, held_out: Tensor, settings: dict[str, Any], folder: Path, deadline: float
-) -> bool:
-    """Trains on pictures, with (N, 3, H, W) uint8 held out; returns whether that is done: the same call continues.
+) -> Outcome:
+    """Trains on pictures, with (N, 3, H, W) uint8 held out; if that is not done yet, the same call continues.
 
     In the end folder holds model/ (see `finish`), latents.pt (mean and spread of pictures, scaled) and quality.json.
     """
     identity = settings | {"pictures": pictures.name}
     done = folder / "quality.json"
     if is_done(done, identity):
-        return True
+        return "done before"
+    done.unlink(missing_ok=True)
     network = make_autoencoder(settings["widths"], pictures.image.shape[-1], settings["seed"]).to(settings["device"])
     images = pictures.image.to(network.device)
     loss = partial(loss_of, pictures=images, batch_size=settings["batch_size"], kl_weight=settings["kl_weight"])
     trainer = Trainer(network, loss, identity, folder)
     if not trainer.run(deadline, partial(preview, pictures=held_out[:PREVIEWED])):
-        return False
+        return "not done yet"
     found = finish(trainer.average, images, held_out, folder)
+    trainer.watch.note()
     write_note(done, identity, found)
     print(f"autoencoder: {found}")
-    return True
+    return "done"

@@ -16,7 +16,9 @@ def export(trained: Path, output: Path) -> int:
     What was in `output` is replaced at the very end; a README.md there is kept.
     """
     pipeline = StableDiffusionPipeline.from_pretrained(trained, dtype=torch.float16, local_files_only=True)
-    partial = output.with_name(output.name + ".partial")
+    partial, former = (output.with_name(output.name + ending) for ending in (".partial", ".former"))
+    if former.is_dir() and not output.is_dir():  # an earlier call was stopped between the two renamings below
+        former.replace(output)
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial, max_shard_size=LARGEST_FILE)
     for path in partial.rglob("*.json"):  # where the weights were last loaded from is nobody's business
@@ -25,7 +27,6 @@ def export(trained: Path, output: Path) -> int:
         path.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
     if (output / "README.md").is_file():
         shutil.copy(output / "README.md", partial)
-    former = output.with_name(output.name + ".former")
     shutil.rmtree(former, ignore_errors=True)
     if output.is_dir():
         output.replace(former)

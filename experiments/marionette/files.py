@@ -3,11 +3,14 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from rg.evaluation import write_text
+
+# What a call did for a stage.
+Outcome = Literal["done before", "done", "not done yet"]
 
 
 def save(path: Path, state: Any) -> None:
@@ -22,9 +25,14 @@ def write_note(path: Path, settings: dict[str, Any], found: dict[str, float]) ->
     write_text(path, {"settings": settings, **found})
 
 
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The settings under which `write_note` has written path; None where it has not."""
+    return json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else None
+
+
 def is_done(path: Path, settings: dict[str, Any]) -> bool:
     """Whether `write_note` has written path under these settings."""
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["settings"] == settings
+    return read_settings(path) == settings
 
 
 def fingerprint(folder: Path) -> str:

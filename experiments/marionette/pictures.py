@@ -14,10 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_prep.marionette import render
+from experiments.marionette.record import Stopwatch
 
 SPLITS = {"train": 0, "held_out": 1}
 FILE_PICTURES = 1000  # pictures in a file, the piece of work that an interruption can cost
 CHUNK = 50
+
+Job = tuple[Path, int, int, int, int]  # of `write_file`
 
 
 class Pictures(NamedTuple):
@@ -34,9 +37,8 @@ def world_id(seed: int) -> str:
     return hashlib.sha256(stills.image.numpy().tobytes() + " ".join(stills.prompt).encode()).hexdigest()[:8]
 
 
-def write_file(path: Path, seed: int, split: int, start: int, stop: int) -> Path:
+def write_file(path: Path, seed: int, split: int, start: int, stop: int) -> None:
     """Renders pictures start..stop of a split into path (.npy), their prompts beside it (.json), each file whole."""
-    torch.set_num_threads(1)
     parts = [
         render([(seed, split, index) for index in range(first, min(first + CHUNK, stop))])
         for first in range(start, stop, CHUNK)
@@ -47,15 +49,22 @@ def write_file(path: Path, seed: int, split: int, start: int, stop: int) -> Path
     with partial.open("wb") as file:
         np.save(file, torch.cat([part.image for part in parts]).numpy())
     partial.replace(path)
-    return path
 
 
-def _render_all(jobs: list[tuple[Path, int, int, int, int]], workers: int) -> Iterator[Path]:
+def _render_all(jobs: list[Job], workers: int) -> Iterator[Job]:
+    """Does the jobs; yields each when it is done."""
     if workers == 1:
-        yield from (write_file(*job) for job in jobs)
+        for job in jobs:
+            write_file(*job)
+            yield job
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        yield from (done.result() for done in as_completed([pool.submit(write_file, *job) for job in jobs]))
+    # One thread per process; this process keeps its own, and a worker is no copy of it.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        running = {pool.submit(write_file, *job): job for job in jobs}
+        for done in as_completed(running):
+            done.result()
+            yield running[done]
 
 
 def load_pictures(folder: Path, *, seed: int, split: str, count: int, workers: int) -> Pictures:
@@ -75,9 +84,11 @@ def load_pictures(folder: Path, *, seed: int, split: str, count: int, workers: i
         (file, seed, SPLITS[split], *bound) for file, bound in zip(files, bounds, strict=True) if not file.is_file()
     ]
     if jobs:
-        list(
-            tqdm(_render_all(jobs, min(workers, len(jobs))), f"rendering {split}", len(jobs), unit_scale=FILE_PICTURES)
-        )
+        watch = Stopwatch(folder)
+        with tqdm(desc=f"rendering {split}", initial=count - sum(b - a for *_, a, b in jobs), total=count) as progress:
+            for *_, start, stop in _render_all(jobs, min(workers, len(jobs))):
+                watch.note()
+                progress.update(stop - start)
     images = np.concatenate([np.load(file) for file in files])
     prompts = [prompt for file in files for prompt in json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))]
     return Pictures(torch.from_numpy(images), prompts, f"{name}-{count}")

@@ -17,9 +17,11 @@ CHUNK = 100
 def encode(vae: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and spread of the unscaled latents of pictures (N, 3, H, W) uint8, on the CPU."""
     parts = []
-    for chunk in tqdm(pictures.split(CHUNK), "encoding", unit_scale=CHUNK):
-        posterior = vae.encode(from_bytes(chunk.to(vae.device))).latent_dist
-        parts.append((posterior.mean.cpu(), posterior.std.cpu()))
+    with tqdm(desc="encoding", total=len(pictures), disable=len(pictures) <= CHUNK) as progress:
+        for chunk in pictures.split(CHUNK):
+            posterior = vae.encode(from_bytes(chunk.to(vae.device))).latent_dist
+            parts.append((posterior.mean.cpu(), posterior.std.cpu()))
+            progress.update(len(chunk))
     means, spreads = zip(*parts, strict=True)
     return torch.cat(means), torch.cat(spreads)
 

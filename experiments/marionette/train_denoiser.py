@@ -1,5 +1,6 @@
 """Trains the U-Net and the text encoder of the embedded model on the latents of its autoencoder."""
 
+import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import CLIPTokenizer
 from data_prep.marionette import VOCABULARY
 from experiments.detector_pictures import to_bytes
 from experiments.marionette.denoiser import Denoiser, loss_of, make_scheduler, tokenize
-from experiments.marionette.files import fingerprint, is_done, write_note
+from experiments.marionette.files import Outcome, fingerprint, is_done, write_note
 from experiments.marionette.reconstruction import write_grid
 from experiments.marionette.tokenizer import make_tokenizer
 from experiments.marionette.trainer import Trainer
@@ -62,16 +63,18 @@ def load_data(tokenizer: CLIPTokenizer, autoencoder: Path, prompts: list[str], d
 
 def train_denoiser(
     prompts: list[str], autoencoder: Path, settings: dict[str, Any], folder: Path, deadline: float
-) -> bool:
-    """Trains on the latents in the folder of the autoencoder's training; returns whether that is done.
+) -> Outcome:
+    """Trains on the latents in the folder of the autoencoder's training; if not done yet, the same call continues.
 
-    The same call continues; in the end folder/model is the whole pipeline, in float32.
+    In the end folder/model is the whole pipeline, in float32.
     """
     tokenizer = make_tokenizer(VOCABULARY, settings["tokens"])
-    identity = settings | {"autoencoder": fingerprint(autoencoder / "model")}
+    words = hashlib.sha256(repr(tokenizer(list(VOCABULARY)).input_ids).encode()).hexdigest()[:16]
+    identity = settings | {"autoencoder": fingerprint(autoencoder / "model"), "words": words}
     done = folder / "done.json"
     if is_done(done, identity):
-        return True
+        return "done before"
+    done.unlink(missing_ok=True)
     data = load_data(tokenizer, autoencoder, prompts, settings["device"])
     torch.manual_seed(settings["seed"])
     network = Denoiser(settings["unet"], settings["text"], tokenizer, data["mean"].shape[-1]).to(settings["device"])
@@ -81,8 +84,8 @@ def train_denoiser(
     trainer = Trainer(network, loss, identity, folder)
     show = partial(preview, tokenizer=tokenizer, autoencoder=autoencoder / "model", prompts=prompts[:PREVIEWED])
     if not trainer.run(deadline, show):
-        return False
+        return "not done yet"
     trainer.average.unet.set_attn_processor(AttnProcessor2_0())
     make_pipeline(trainer.average, tokenizer, autoencoder / "model").save_pretrained(folder / "model")
-    write_note(done, identity, {"loss": sum(trainer.losses[-1000:]) / len(trainer.losses[-1000:])})
-    return True
+    write_note(done, identity, {})
+    return "done"

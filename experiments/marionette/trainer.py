@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from experiments.marionette.files import save
+from experiments.marionette.record import Stopwatch
 from rg.evaluation import write_text
 
 SAVE_EVERY = 180  # seconds
@@ -37,7 +38,7 @@ class Trainer:
         loss: of one step; all chance comes from its generator.
         settings: steps, learning_rate, warm_up (steps), decay (share of the steps), weight_decay, ema (largest
             decay of the average), seed, and whatever else decides the run.
-        folder: gets checkpoint.pt, losses.csv and pictures; a checkpoint in it is taken up.
+        folder: gets checkpoint.pt, losses.csv, seconds.txt and pictures; a checkpoint in it is taken up.
 
     Raises:
         ValueError: the checkpoint was made with other settings.
@@ -58,6 +59,7 @@ class Trainer:
         self.device = next(network.parameters()).device
         self.step, self.losses = 0, list[float]()
         folder.mkdir(parents=True, exist_ok=True)
+        self.watch = Stopwatch(folder)
         self.checkpoint = folder / "checkpoint.pt"
         if self.checkpoint.is_file():
             self._take_up(torch.load(self.checkpoint, weights_only=True, map_location=self.device))
@@ -70,10 +72,12 @@ class Trainer:
         return {key: value for key, value in self.settings.items() if key not in ("steps", "preview_minutes")}
 
     def _take_up(self, state: dict[str, Any]) -> None:
-        if state["settings"] != self._identity():
+        made, asked = state["settings"], self._identity()
+        other = [name for name in {**made, **asked} if made.get(name) != asked.get(name)]
+        if other:
+            was, now = (", ".join(f"{name}={values.get(name)}" for name in other) for values in (made, asked))
             raise ValueError(
-                f"{self.checkpoint} was made with {state['settings']}, expected {self._identity()}: "
-                "go back to its settings, or delete it to begin anew"
+                f"{self.checkpoint} was made with {was}, got {now}: go back, or delete the checkpoint to begin anew"
             )
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
@@ -81,7 +85,7 @@ class Trainer:
         self.step, self.losses = state["step"], state["losses"].tolist()
 
     def save(self) -> None:
-        """Writes checkpoint and losses under temporary names, then puts them in place."""
+        """Writes checkpoint, losses and seconds under temporary names, then puts them in place."""
         state = {"network": self.network.state_dict(), "average": self.average.state_dict()}
         state |= {"optimizer": self.optimizer.state_dict(), "step": self.step}
         state |= {"losses": torch.tensor(self.losses, dtype=torch.float64), "settings": self._identity()}
@@ -89,6 +93,7 @@ class Trainer:
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([("step", "loss"), *enumerate(self.losses, 1)])
         write_text(self.folder / "losses.csv", table.getvalue())
+        self.watch.note()
 
     def learning_rate(self) -> float:
         """Of the present step."""
@@ -116,13 +121,15 @@ class Trainer:
     def run(self, deadline: float, preview: Callable[[nn.Module, Path], None]) -> bool:
         """Trains until the last step or until time.monotonic() passes deadline; returns whether it is finished.
 
+        One step at least is taken: repeated calls get there, however early their deadlines.
+
         Args:
             preview: writes a picture of what the average can do to a path, now and then and after the last step.
         """
         saved = shown = time.monotonic()
         steps = self.settings["steps"]
         progress = tqdm(total=steps, initial=self.step, desc=self.folder.name, mininterval=1)
-        while not self.finished and time.monotonic() < deadline:
+        while not self.finished:
             loss = self.advance()
             progress.update()
             progress.set_postfix(loss=f"{loss:.4f}", mean=f"{np.mean(self.losses[-200:]):.4f}", refresh=False)
@@ -133,6 +140,8 @@ class Trainer:
             if now - shown > 60 * self.settings["preview_minutes"] or self.finished:
                 preview(self.average, self.folder / f"{self.step:06d}.png")
                 shown = now
+            if now > deadline:
+                break
         progress.close()
         self.save()
         return self.finished

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
+from data_prep.marionette import VOCABULARY
 from data_prep.prepare import build, main
 from rg.backbone import DiffusionBackbone
 from rg.samples import DataError
@@ -219,7 +220,7 @@ def test_recipe_of_the_embedded_world(tmp_path, root, monkeypatch):
     samples = read_shards(tmp_path / "val")
     assert samples.image.shape == samples.label.shape == (3, 3, 64, 64)
     assert samples.keypoints.shape == (3, 1, 18, 3) and samples.latent.shape == (3, 8, 16, 16)
-    assert all(words.startswith("a person in a ") for words in samples.prompt)
+    assert all(words.startswith("a person ") and set(words.split()) <= set(VOCABULARY) for words in samples.prompt)
 
 
 def run_command(monkeypatch, root, *words):

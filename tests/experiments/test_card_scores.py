@@ -26,13 +26,23 @@ def test_psnr_of_a_known_error():
 def test_distance_grows_with_a_shift_and_its_error_covers_zero_without():
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(200, 8, generator=generator) for _ in range(2))
-    same, moved = distance_to(a, b), distance_to(a + 0.5, b)
+    found = distance_to({"same": a, "moved": a + 0.5}, b)
+    same, moved = found["same"], found["moved"]
     assert abs(same["value"]) < 3 * same["sem"] and moved["value"] > 5 * moved["sem"] > 0
 
 
 def test_distance_of_two_points_is_known_and_sure():
     # (1 * 1 + 1)^3 + (0 * 0 + 1)^3 - 2 (1 * 0 + 1)^3, whichever part is left out.
-    assert distance_to(torch.ones(20, 1), torch.zeros(20, 1), parts=5) == {"value": 7.0, "sem": 0.0}
+    found = distance_to({"ones": torch.ones(20, 1), "ceiling": torch.zeros(20, 1)}, torch.zeros(20, 1), parts=5)
+    assert found["ceiling"] == {"value": 0.0, "sem": 0.0}
+    assert found["ones"] == {"value": 7.0, "sem": 0.0, "excess": 7.0, "excess_sem": 0.0}
+
+
+def test_the_excess_is_surer_than_what_it_is_taken_from():
+    generator = torch.Generator().manual_seed(0)
+    a, b, noise = (torch.randn(200, 8, generator=generator) for _ in range(3))
+    found = distance_to({"samples": a + 0.1 * noise, "ceiling": a}, b)["samples"]
+    assert found["excess_sem"] < found["sem"]
 
 
 def test_standardised_distances_do_not_know_the_scale_of_the_features():
@@ -44,8 +54,8 @@ def test_standardised_distances_do_not_know_the_scale_of_the_features():
 
 
 def test_too_few_pictures_for_the_parts_are_refused():
-    with pytest.raises(ValueError, match="got 7 and 9 in 4"):
-        distance_to(torch.zeros(7, 2), torch.zeros(9, 2), parts=4)
+    with pytest.raises(ValueError, match="got 7 pictures in 4"):
+        distance_to({"few": torch.zeros(7, 2)}, torch.zeros(9, 2), parts=4)
 
 
 def test_a_person_is_whole_with_enough_sure_keypoints():

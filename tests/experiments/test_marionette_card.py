@@ -19,7 +19,8 @@ def settings(root: Path, tmp_path: Path) -> dict[str, Any]:
     KeypointDetector(widths=(8, 8, 8), threshold=0.0, finder_widths=(8, 8, 8)).save_pretrained(tmp_path / "detector")
     AttributeClassifier(attributes=ATTRIBUTES, widths=(8, 8, 8)).save_pretrained(tmp_path / "classifier")
     changes = ["images=4", "unseen=2", "changed=1", "batch_size=4", "parts=2", "sheet_images=4", "device=cpu"]
-    changes += ["sampling.num_inference_steps=2", "latency={images:2,num_inference_steps:1,repeats:1}"]
+    changes += ["sampling.num_inference_steps=2", "latency.threads=1", "latency.images=2"]
+    changes += ["latency.num_inference_steps=1", "latency.repeats=1"]
     changes += [f"{name}={tmp_path}/{name}" for name in ("detector", "classifier", "folder", "sheet", "record")]
     changes += [f"{name}={tmp_path}/{name}.json" for name in ("results", "former")] + [f"card={tmp_path}/README.md"]
     with initialize_config_dir(config_dir=str(root / "conf"), version_base="1.3"):
@@ -27,7 +28,7 @@ def settings(root: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_everything_is_measured_and_written(settings: dict[str, Any], tmp_path: Path):
-    distances = {name: {"value": value, "sem": 0.1} for name, value in (("scale 1", 0.5), ("ceiling", 0.1))}
+    distances = {"scale 1": {"value": 0.5, "sem": 0.1, "excess": 0.4, "excess_sem": 0.05}}
     shares = {name: {"share": value, "sem": 0.01, "count": 9} for name, value in (("scale 1", 0.9), ("ceiling", 0.95))}
     former = {
         "command": "python -m old", "commit": "abc", "samples": 3, "steps": 2, "parameters": 9_100_000,
@@ -36,15 +37,24 @@ def test_everything_is_measured_and_written(settings: dict[str, Any], tmp_path: 
     }  # fmt: skip
     Path(settings["former"]).write_text(json.dumps(former))
     Path(settings["record"]).write_text(json.dumps({"command": "python -m x", "unet": {"steps": 5, "seconds": 60}}))
-    card = run(settings)
+    card = run(settings, "python -m card")
     results = json.loads(Path(settings["results"]).read_text())
     assert (tmp_path / "README.md").read_text() == card
     assert set(results["fidelity"]) == {"scale 1", "scale 2", "ceiling"} == set(results["kernel_distance"]["raw"])
+    people = results["people_found"]["scale 1"]["one"]
+    assert people["found"]["share"] == 1 and sum(people["confident"]) == people["found"]["count"] > 0
     assert set(results["changed_words"]) == {"shirt", "trousers", "hat", "hair"}
     assert results["unseen_pairs"]["samples"]["pair"]["count"] == 2
     assert [x["guidance_scale"] for x in results["latency"]] == [1.0, 2.0]
-    for part in ("0.5000 (0.1000)", "33.40", "90.0% (95.0%)", "| unet | 5 | 60 |", "shirt and trousers at once"):
-        assert part in card, part
+    parts = [
+        "+0.4000 ± 0.0500",
+        "33.40",
+        "90.0% (95.0%)",
+        "| unet | 5 | - | 1.0 |",
+        "    python -m card\n",
+        "shirt and trousers at once",
+    ]
+    assert not [part for part in parts if part not in card]
     assert max(map(len, (line for line in card.splitlines() if line[:1] not in "| "))) <= 120
     assert Image.open(settings["sheet"]).size == (1024, 128)
 

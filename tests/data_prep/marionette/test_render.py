@@ -1,21 +1,20 @@
-"""The renderer against itself in other batches and sizes, and against the prototype where present."""
+"""The renderer against itself in other batches, sizes and devices, and its labels against each other."""
 
-import importlib.util
-import time
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
 
-import numpy as np
 import pytest
 import torch
 
-from data_prep.marionette import KINDS, Stills, render, render_scenes
-from data_prep.marionette.people import stage
-from data_prep.marionette.scene import POSE, SPOTS, Person, Scene, draw_scene
+from data_prep.marionette import KINDS, LABELS, UNSEEN_PAIRS, Stills, render
+from data_prep.marionette.camera import to_pixels
+from data_prep.marionette.labels import edges
+from data_prep.marionette.people import set_stage
+from data_prep.marionette.scene import Camera, Thing, draw_scene
+from data_prep.marionette.surfaces import backdrop
 from rg.points import KEYPOINTS
 
-
-def shoot(*scenes, resolution=64, supersampling=2):
-    return render_scenes(scenes, resolution=resolution, supersampling=supersampling)
+BEHIND = (0.0, 9.0)  # the camera: a scene always has a person
 
 
 def picture(stills, index):
@@ -29,7 +28,7 @@ def assert_same(one, other):
 
 
 def test_a_seed_gives_the_same_bits_in_every_batch():
-    seeds = [(0, 1, index) for index in range(21)]
+    seeds = [(0, 1, index) for index in range(19)]
     together, backwards = render(seeds), render(seeds[::-1])
     some = render(seeds[3:10:3], kinds=KINDS)
     for index, seed in enumerate(seeds):
@@ -40,8 +39,24 @@ def test_a_seed_gives_the_same_bits_in_every_batch():
 
 
 def test_splits_and_seeds_are_disjoint():
-    seeds = [(seed, split, index) for seed in (0, 1) for split in range(4) for index in range(12)]
+    seeds = [(seed, split, index) for seed in (0, 1) for split in range(4) for index in range(8)]
     assert len({image.numpy().tobytes() for image in render(seeds, resolution=32).image}) == len(seeds)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_renders_the_same_picture_up_to_rounding():
+    seeds = [(0, 1, index) for index in range(32)]
+    here, there = render(seeds), render(seeds, device="cuda")
+    assert_same(picture(there, 5), picture(render(seeds[5:6], device="cuda"), 0))
+    for field in fields(Stills):
+        one, other = getattr(here, field.name), getattr(there, field.name)
+        if not isinstance(one, torch.Tensor):
+            assert one == other, field.name
+        elif field.name == "keypoints":
+            assert torch.equal(one, other)
+        else:  # a ray that grazes an outline may fall on either side
+            gap = (one.float() - other.float()).abs()
+            assert (gap > (1 if field.name == "image" else 1e-4)).float().mean() < 1e-3, field.name
 
 
 def test_shapes_and_types():
@@ -50,31 +65,52 @@ def test_shapes_and_types():
     assert (stills.keypoints.shape, stills.keypoints.dtype) == ((2, 2, 18, 3), torch.float32)
     assert (stills.depth.shape, stills.depth.dtype) == ((2, 24, 24), torch.float32)
     assert (stills.instances.shape, stills.instances.dtype) == ((2, 24, 24), torch.uint8)
-    assert [len(people) for people in stills.identity] == [len(SPOTS[kind]) for kind in stills.kind]
+    assert (stills.parts.shape, stills.parts.dtype) == ((2, 24, 24), torch.uint8)
+    assert (stills.edges.shape, stills.edges.dtype) == ((2, 24, 24), torch.bool)
+    assert [len(people) for people in stills.identity] == [2 if kind == "two" else 1 for kind in stills.kind]
+    scenes = [draw_scene((0, 0, index)) for index in range(2)]
+    assert stills.prompt == [one.prompt for one in scenes] and stills.attributes == [one.attributes for one in scenes]
 
 
-def test_bad_arguments_are_named():
-    for arguments, words in (
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
         ({"seeds": []}, "seed"),
         ({"resolution": 0}, "resolution"),
+        ({"supersampling": 0}, "supersampling"),
         ({"kinds": {"crowd": 1.0}}, "crowd"),
         ({"kinds": {"one": 0.5, "two": 0.4}}, "sum to 1"),
+        ({"kinds": {"one": 1.5, "two": -0.5}}, "sum to 1"),
         ({"kinds": {}}, "kinds"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            render(**({"seeds": [(0, 0, 0)]} | arguments))
+        ({"pairs": "all"}, "pairs to be seen or unseen, got all"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        render(**({"seeds": [(0, 0, 0)]} | arguments))
 
 
-def test_depth_grows_towards_the_camera():
-    identity = {"shirt": "red", "trousers": "blue", "skin": "tan", "hair": "black", "eye": "green", "hat": None}
-    pose = dict.fromkeys(POSE, 0.0) | {"right_arm_swing": -1.2, "right_elbow": 0.3}
-    someone = Person(identity | {"glasses": False}, pose, 1.0, (0.0, -0.9))
-    stills = shoot(Scene("one", "day", "grass", -0.2, 0.0, (someone,)))
-    depth, instances = stills.depth[0], stills.instances[0]
-    assert depth[0, 0] == -3 and -1.2 < depth[-1, 0] <= 0 and depth[40, 0] < depth[60, 0]
+def test_pairs_of_colours():
+    def clothes(**options):
+        stills = render([(2, 0, index) for index in range(24)], resolution=8, supersampling=1, **options)
+        return [UNSEEN_PAIRS[one["shirt"]] == one["trousers"] for people in stills.identity for one in people]
+
+    assert not any(clothes()) and all(clothes(pairs="unseen"))
+
+
+def test_depth_is_larger_nearer_and_nothing_in_the_sky(scene, person, shoot):
+    reaching = person(right_arm_swing=-1.2, right_elbow=0.3)
+    stills = shoot(scene(reaching, things=(Thing("post", 1.3, (-0.7, -2.0)),)), supersampling=1)
+    depth, parts = stills.depth[0], stills.parts[0]
+    sky = parts == LABELS.index("sky")
+    assert (depth >= 0).all() and (depth[sky] == 0).all() and 500 < sky.sum() < 2500
+    ground = depth[:, 63]  # beside the person: falls to the horizon
+    assert (ground.diff() >= 0).all() and ground[63] == pytest.approx(1 / (3 * 0.9 * 64 / 63), abs=0.01)
     x, y, _ = stills.keypoints[0, 0, KEYPOINTS.index("right_wrist")].round().int().tolist()
     hip = stills.keypoints[0, 0, KEYPOINTS.index("left_hip")].round().int().tolist()
-    assert depth[y, x] > depth[hip[1], hip[0]] > depth[instances == 0].max()
+    post = depth[parts == LABELS.index("thing")]
+    assert depth[y, x] > depth[hip[1], hip[0]] > 1 / 3 > post.max()
+    assert post.median() == pytest.approx(1 / 4.95, rel=0.01)
 
 
 def test_depth_and_picture_are_averaged_over_the_pixel():
@@ -83,82 +119,70 @@ def test_depth_and_picture_are_averaged_over_the_pixel():
     torch.testing.assert_close(coarse.depth, blocks, atol=1e-5, rtol=0)
     colors = fine.image.float().unflatten(2, (32, 4)).unflatten(4, (32, 4)).mean((3, 5))
     assert (coarse.image.float() - colors).abs().max() <= 1.01
-    shares = torch.stack([(fine.instances == i).float() for i in range(3)])
-    shares = shares.unflatten(2, (32, 4)).unflatten(4, (32, 4)).mean((3, 5))
-    assert torch.equal(shares.gather(0, coarse.instances[None].long())[0], shares.amax(0))
+    for name, count in (("instances", 3), ("parts", len(LABELS))):
+        shares = torch.stack([(getattr(fine, name) == i).float() for i in range(count)])
+        shares = shares.unflatten(2, (32, 4)).unflatten(4, (32, 4)).mean((3, 5))
+        assert torch.equal(shares.gather(0, getattr(coarse, name)[None].long())[0], shares.amax(0))
 
 
-def test_a_picture_takes_less_than_20_milliseconds_on_one_core():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        seconds = []
-        for attempt in range(3):
-            start = time.perf_counter()
-            render([(9, attempt, index) for index in range(32)])
-            seconds.append((time.perf_counter() - start) / 32)
-    finally:
-        torch.set_num_threads(threads)
-    assert min(seconds) < 0.02
+def test_labels_agree_with_each_other():
+    stills = render([(7, 0, index) for index in range(12)], resolution=96, supersampling=1)
+    person = stills.parts > LABELS.index("thing")
+    assert torch.equal(person, stills.instances > 0)
+    assert torch.equal(stills.parts == LABELS.index("sky"), stills.depth == 0)
+    for index, people in enumerate(stills.identity):
+        assert set(stills.instances[index].unique().tolist()) <= set(range(len(people) + 1))
+    assert torch.equal(stills.edges, edges(stills.depth, stills.parts.int() + 256 * stills.instances.int()))
+    boundary = stills.instances[:, :, 1:] != stills.instances[:, :, :-1]
+    assert ((stills.edges[:, :, 1:] | stills.edges[:, :, :-1]) | ~boundary).all()
+    assert 0.02 < stills.edges.float().mean() < 0.25
 
 
-@pytest.fixture(scope="module")
-def prototype(shared):
-    path = shared / "marionette/world.py"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent")
-    spec = importlib.util.spec_from_file_location("marionette_prototype", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_edges_of_a_ball_are_its_outline(scene, person, shoot):
+    """One pixel wide, on the ball where it stands before the sky and the ground."""
+    stills = shoot(scene(person(place=BEHIND), things=(Thing("ball", 0.5, (0.0, 0.0)),)), supersampling=1)
+    ball, found = stills.parts[0] == LABELS.index("thing"), stills.edges[0]
+    padded = torch.nn.functional.pad(ball, (1, 1, 1, 1))
+    within = ball & padded[2:, 1:-1] & padded[:-2, 1:-1] & padded[1:-1, 2:] & padded[1:-1, :-2]
+    assert 500 < ball.sum() < 1000 and torch.equal(found & ball, ball & ~within)
+    horizon = (found & ~ball).nonzero()
+    assert set(horizon[:, 0].tolist()) <= {32} or not len(horizon)  # the first row of the ground
 
 
-def replay(prototype, seed, kind):
-    """The scene that the prototype draws from `seed`: its own samplers, called in its own order."""
-    rng = np.random.default_rng(seed)
-    sky, ground = prototype.pick(rng, prototype.SKY), prototype.pick(rng, prototype.GND)
-    horizon, light, people = rng.uniform(-0.45, -0.05), rng.uniform(-0.7, 0.7), []
-    for index in range(2 if kind == "two" else 1):
-        identity, q = prototype.sample_identity(rng), prototype.sample_pose(rng)
-        if kind == "portrait":
-            q["yaw"], scale = rng.uniform(-0.9, 0.9), rng.uniform(2.6, 3.4)
-            place = (rng.uniform(-0.15, 0.15), rng.uniform(-0.05, 0.25))
-        elif kind == "one":
-            x, scale = rng.uniform(-0.3, 0.3), rng.uniform(0.85, 1.08)
-            place = (x, -0.93 + rng.uniform(0, 0.06))
-        else:
-            x, scale = -0.45 + 0.9 * index + rng.uniform(-0.12, 0.12), rng.uniform(0.62, 0.85)
-            place = (x, -0.93 + rng.uniform(0, 0.06))
-        limbs = [angle for side in (0, 1) for angle in (*q["arm"][side], *q["leg"][side])]
-        pose = dict(zip(POSE, [q["yaw"], *q["lean"], *q["head"], *limbs], strict=True))
-        people.append(Person(identity, pose, scale, place))
-    return Scene(kind, sky, ground, horizon, light, tuple(people))
+@pytest.mark.parametrize("who", [0, 1])
+def test_another_shirt_changes_nothing_but_that_shirt(shoot, who):
+    shirt = [LABELS.index(label) for label in ("trunk", "right_upper_arm", "left_upper_arm")]
+    for index in range(4):
+        one = draw_scene((8, who, index), {"two": 1.0})
+        wearer = one.people[who]
+        color = "white" if wearer.identity["shirt"] != "white" else "purple"
+        people = list(one.people)
+        people[who] = replace(wearer, identity=wearer.identity | {"shirt": color})
+        before, after = shoot(one), shoot(replace(one, people=tuple(people)))
+        for name in ("keypoints", "depth", "instances", "parts", "edges"):
+            assert torch.equal(getattr(before, name), getattr(after, name)), name
+        cells = shoot(one, resolution=128, supersampling=1)
+        worn = torch.isin(cells.parts[0], torch.tensor(shirt)) & (cells.instances[0] == who + 1)
+        worn = worn.unflatten(0, (64, 2)).unflatten(2, (64, 2))
+        changed = (before.image[0] != after.image[0]).any(0)
+        assert not (changed & ~worn.any(3).any(1)).any()
+        assert (changed | ~worn.all(3).all(1)).all() and changed.sum() > 20
+        key = ("shirt", "second_shirt")[who]
+        assert before.attributes[0] | {key: color} == after.attributes[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_parity_with_the_prototype(prototype, kind):
-    scenes = [replay(prototype, seed, kind) for seed in range(12)]
-    stills, plain = shoot(*scenes), shoot(*scenes, supersampling=1)
-    for seed in range(12):
-        theirs = prototype.scene(np.random.default_rng(seed), 64, 2, kind)
-        difference = stills.image[seed].permute(1, 2, 0).int() - torch.from_numpy(theirs["image"]).int()
-        # A ray that grazes an outline may fall on either side in single precision.
-        assert (difference.abs().amax(-1) > 1).sum() <= 1
-        points = stills.keypoints[seed, : len(scenes[seed].people), :, :2]
-        np.testing.assert_allclose(points, theirs["keypoints"], atol=1e-3)
-        assert stills.prompt[seed] == theirs["prompt"]
-        depth = prototype.scene(np.random.default_rng(seed), 64, 1, kind)["depth"]
-        assert (np.abs(plain.depth[seed].numpy() - depth) > 2e-3).sum() <= 1
-
-
-def test_distribution_is_the_prototypes(prototype):
-    rng, count = np.random.default_rng(0), 400
-    theirs = [prototype.scene(rng, 8, 1) for _ in range(count)]
-    ours = [draw_scene((8, 0, index), KINDS) for index in range(4 * count)]
-    x, y, _ = stage(ours).joints[:, :, 0]
-    ours_points = torch.stack([(x + 1) * 4 - 0.5, (1 - y) * 4 - 0.5], -1).numpy()
-    theirs_points = np.stack([one["keypoints"][0] for one in theirs])
-    for moment in (lambda a: a, lambda a: (a - theirs_points.mean(0)) ** 2):
-        a, b = moment(ours_points), moment(theirs_points)
-        error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b))
-        assert (np.abs(a.mean(0) - b.mean(0)) < 4.5 * error).all()
+@pytest.mark.xfail(reason="hits below the ground are painted over it", strict=True)
+@pytest.mark.parametrize(("kind", "height"), [("rock", 0.3), ("bush", 0.6)])
+def test_what_lies_below_the_ground_is_not_seen(scene, person, shoot, kind, height):
+    """A sphere that is sunk ends where the ground cuts it, and not where its lowest ray would meet it."""
+    size, place = 0.3, (-0.2, 0.0)
+    one = scene(person(place=BEHIND), things=(Thing(kind, size, place),), camera=Camera(elevation=0.2))
+    stills = shoot(one, supersampling=1, resolution=128)
+    front = size * math.sqrt(1 - height**2)  # of the circle in which it meets the ground
+    stage = set_stage([one])
+    where = stage.views.see(torch.tensor([[place[0]], [0.0], [front]], dtype=torch.float64))
+    x, y = to_pixels(where, 128)[0].tolist()
+    column = (stills.parts[0, :, round(x)] == LABELS.index("thing")).nonzero()
+    assert len(column) > 10 and column.max().item() == pytest.approx(y, abs=1.2)
+    ground = 1 / backdrop([one], stage.views, torch.zeros(128 * 128, dtype=torch.bool), 128).depth.view(128, 128)
+    assert (stills.depth[0] >= ground - 1e-5).all()

@@ -1,0 +1,64 @@
+"""What the training took and found, stage by stage: record.json in the work folder, which the model card reads."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rg.evaluation import write_text
+
+# Stages that are trained, and the file in a stage's folder that says under which settings it was finished.
+NOTES = {"autoencoder": "quality.json", "unet": "done.json", "detector": "done.json", "classifier": "done.json"}
+LAST = 1000  # steps whose mean loss is noted
+
+
+def read_seconds(folder: Path) -> float:
+    """What the file `seconds.txt` of a folder says, 0 without it."""
+    path = folder / "seconds.txt"
+    return float(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
+
+
+class Stopwatch:
+    """Seconds of work in a folder, summed over the calls that did it, in its file `seconds.txt`.
+
+    The file is one number: where the time is known from elsewhere only, write it there by hand.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.start = folder, time.monotonic()
+
+    def note(self) -> None:
+        """Adds the time since the start, or since the last note."""
+        now = time.monotonic()
+        write_text(self.folder / "seconds.txt", f"{read_seconds(self.folder) + now - self.start:.3f}\n")
+        self.start = now
+
+
+def stage_record(folder: Path, note: str) -> dict[str, Any]:
+    """Of a stage in a folder: seconds, steps, loss (mean of the last 1000 steps), when done settings, and quality.
+
+    Nothing if it has not begun; a time that nobody noted is left out.
+    """
+    tables = sorted(folder.rglob("losses.csv"), key=lambda path: path.stat().st_mtime)
+    if not tables:
+        return {}
+    losses = np.loadtxt(tables[-1], delimiter=",", skiprows=1, usecols=1, ndmin=1)
+    seconds = read_seconds(tables[-1].parent)
+    found: dict[str, Any] = {"seconds": seconds} if seconds else {}
+    found |= {"steps": len(losses), "loss": float(losses[-LAST:].mean())}
+    if (folder / note).is_file():
+        quality = json.loads((folder / note).read_text(encoding="utf-8"))
+        settings = quality.pop("settings")
+        found |= {"batch_size": settings["batch_size"], "settings": settings}
+        found |= {"quality": quality} if quality else {}
+    return found
+
+
+def write_record(folder: Path, command: str) -> None:
+    """Writes folder/record.json: the command, the seconds of rendering, and a `stage_record` of each stage so far."""
+    rendering = sum(read_seconds(pictures) for pictures in (folder / "pictures").glob("*"))
+    stages = {"pictures": {"seconds": rendering} if rendering else {}}
+    stages |= {stage: stage_record(folder / stage, note) for stage, note in NOTES.items()}
+    write_text(folder / "record.json", {"command": command, **{name: found for name, found in stages.items() if found}})
