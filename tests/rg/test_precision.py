@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -136,3 +138,16 @@ def test_a_half_precision_backbone_keeps_its_autoencoder_in_float32(tokenizer, m
     assert half.embed_time(timesteps).dtype == torch.float32
     # The pipeline itself decodes its half-precision latents with it.
     assert denoise(half.pipeline, model, steps=2, output_type="pt").isfinite().all()
+
+
+def test_black_pictures_of_float16_are_an_error_unless_the_pipeline_upcasts(tokenizer):
+    guidance = ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=0.0)
+    for family, fails in (("sd15", True), ("sdxl", False)):  # SDXL's pipeline heeds vae.config.force_upcast
+        pipe = build(family, tokenizer, dtype=torch.float16)
+        with torch.no_grad():
+            pipe.vae.decoder.conv_out.weight.fill_(6e4)
+        with pytest.raises(FloatingPointError, match="overflows in torch.float16") if fails else nullcontext():
+            assert denoise(pipe, family, guidance, steps=2, output_type="pt").isfinite().all()
+        # Under a backbone the same autoencoder runs in float32.
+        backbone = DiffusionBackbone(pipe)
+        assert denoise(backbone.pipeline, family, guidance, steps=2, output_type="pt").isfinite().all()
