@@ -20,6 +20,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
+from rg.backbone import DiffusionBackbone
 from rg.guidance import GuidanceTerm, ReadoutGuidance
 from rg.targets import FixedTarget
 from tests.families import build, denoise
@@ -164,6 +165,28 @@ def test_lora_on_top(tokenizer, tiny_head, tmp_path, family, targets):
     assert not torch.allclose(denoise(pipe, family, guidance), plain, atol=1e-2)
     assert (guidance.trace[-1].energy < unguided.trace[-1].energy).all()
     assert {name: parameter.requires_grad for name, parameter in pipe.unet.named_parameters()} == flags
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="LoRA needs peft")
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_lora_from_a_file(tokenizer, tmp_path, family):
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    trained, pipe = build(family, tokenizer), build(family, tokenizer)
+    trained.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    trained.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(trained.unet))
+    plain, guided = denoise(pipe, family), denoise(pipe, family, strong())
+    pipe.load_lora_weights(tmp_path)
+    adapted = denoise(pipe, family, strong())
+    torch.testing.assert_close(adapted, denoise(trained, family, strong()), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(adapted, guided, atol=1e-3)
+    # What heads are trained on is the adapted model too.
+    x_t, timesteps = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    one, other = (DiffusionBackbone(each).predict(x_t, timesteps).features[-1] for each in (pipe, trained))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(denoise(pipe, family), plain, rtol=1e-4, atol=1e-4)
 
 
 def refuse(pipe, guidance, words):
