@@ -1,6 +1,6 @@
 """Measures the embedded model that the present one replaced, in the world that it was trained for.
 
-The files are copied into a checkout of the last commit that held both, and run there (12 minutes of 2 idle cores):
+The files are copied into a checkout of the last commit that held both, and run there (15 minutes of 2 idle cores):
 
 git worktree add /tmp/former 9bb06e4
 cp experiments/card_sampling.py experiments/card_scores.py experiments/marionette_former.py /tmp/former/experiments/
