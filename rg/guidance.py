@@ -4,18 +4,21 @@
 arguments stay the user's own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
+from rg.conditions import encode_condition
 from rg.guided_step import GuidedRun, StepTrace
-from rg.hooks import hooked, tap_channels, time_embed_dim
+from rg.hooks import hooked
+from rg.pipelines import check_head, check_pipeline, uncompiled
+from rg.precision import watched
+from rg.recording import RecordingRun
 from rg.schedules import check_scheduler, moved_samples
-from rg.targets import FixedTarget
+from rg.targets import FixedTarget, ReferenceTarget
 
 UPDATES = ("score", "adam")
 BRANCHES = ("uncond", "cond", "both")
@@ -29,15 +32,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class GuidanceTerm:
-    """One summand of the energy: weight * head.energy(readout, target).
+    """One summand of the energy: weight * head.energy(readout, target, **arguments).
 
     head: called as head(features, time_embedding). Without a target its result is itself the energy (B,), so that any
         callable on features can guide.
+    arguments: what else the energy reads, such as points or boxes; tensors are (1 or B, ...), one per image.
     """
 
     head: Callable[[list[Tensor], Tensor | None], Tensor]
-    target: FixedTarget | None = None
+    target: FixedTarget | ReferenceTarget | None = None
     weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.target is not None and not hasattr(self.head, "energy"):
@@ -116,17 +121,40 @@ class ReadoutGuidance:
         """Guides every call of `pipe` inside the context; afterwards the pipeline is as it was.
 
         Raises:
-            ValueError: the scheduler has no rule, or a head was made for another backbone.
+            ValueError: the pipeline or its scheduler has no rule, or a head was made for another backbone.
         """
         check_scheduler(pipe.scheduler, self.update)
-        for term in self.terms:
-            if hasattr(term.head, "check_taps"):
-                term.head.check_taps(tap_channels(pipe.unet), time_embed_dim(pipe.unet))
-        with torch.no_grad():
-            condition = None if self.prompt is None else pipe.encode_prompt(self.prompt, pipe.device, 1, False)[0]
-        run = GuidedRun(self, pipe, condition)
-        with ExitStack() as stack:
-            stack.enter_context(hooked(pipe.unet, run, checkpointing=self.checkpointing))
+        with self._hooked(pipe, GuidedRun) as run, ExitStack() as stack:
             if self.update == "adam":
                 stack.enter_context(moved_samples(pipe.scheduler, run.take_move))
             yield self
+
+    @contextmanager
+    def record(self, pipe: Any) -> Iterator[Self]:
+        """Keeps what the terms' heads read of the pictures that `pipe` makes inside the context, unguided.
+
+        Every ReferenceTarget gets the readouts of the last run, of this guidance's branch and window of steps.
+        A run whose text guidance is 1 has no unconditional half: record both branches with guidance_scale=1.0001.
+
+        Raises:
+            ValueError: as `attach` does, or no term has a ReferenceTarget.
+        """
+        if not any(isinstance(term.target, ReferenceTarget) for term in self.terms):
+            raise ValueError("terms: expected one with a ReferenceTarget to record, got none")
+        with self._hooked(pipe, RecordingRun):
+            yield self
+
+    @contextmanager
+    def _hooked(self, pipe: Any, kind: type[GuidedRun]) -> Iterator[GuidedRun]:
+        """Lets a run of this guidance answer for the pipeline's denoiser."""
+        check_pipeline(pipe)
+        for term in self.terms:
+            check_head(term.head, pipe)
+        condition = None
+        if self.prompt is not None and self.branch == "uncond":
+            condition = encode_condition(pipe, self.prompt)
+            pipe.maybe_free_model_hooks()  # an offloaded text encoder goes back
+        with uncompiled(pipe), watched(getattr(pipe, "vae", None)):
+            run = kind(self, pipe, condition)
+            with hooked(pipe.unet, run, checkpointing=self.checkpointing):
+                yield run

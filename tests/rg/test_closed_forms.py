@@ -26,7 +26,7 @@ class GaussianDenoiser(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, prediction_type, in_channels=4, sample_size=8, time_cond_proj_dim=None):
+    def __init__(self, prediction_type, in_channels=4, out_channels=4, sample_size=8, time_cond_proj_dim=None):
         super().__init__()
         block, resnet = nn.Module(), nn.Module()
         resnet.conv2, self.up_blocks = nn.Identity(), nn.ModuleList([block])
