@@ -109,9 +109,10 @@ class GuidedRun:
                 if len(target) not in (1, images):
                     raise ValueError(f"control: expected 1 or {images} of them, one per image, got {len(target)}")
                 energy = term.head.energy(readout, target.repeat(len(x) // len(target), 1, 1, 1))
-            if self.guidance.latent_range_factor:
+            readout_span = getattr(term.head, "readout_span", 1.0)
+            if self.guidance.latent_range_factor and readout_span is not None:
                 span = (x.detach().flatten(1).amax(1) - x.detach().flatten(1).amin(1)).float()
-                energy = energy * (span / getattr(term.head, "readout_span", 1.0)) ** 2
+                energy = energy * (span / readout_span) ** 2
             if energy.shape != total.shape:
                 raise ValueError(f"head: expected one energy per row, {tuple(total.shape)}, got {tuple(energy.shape)}")
             total = total + term.weight * energy
