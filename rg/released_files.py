@@ -45,9 +45,10 @@ def download(name: str, family: str | None) -> Path:
         try:
             path = Path(hf_hub_download(REPOSITORY, file))
         except Exception as error:  # the errors of the hub's network libraries have no common base
+            reason = str(error.__cause__ or error).split("\n")[0]
             raise FileNotFoundError(
-                f"released={name}: {file} of huggingface.co/{REPOSITORY} is not in the cache and cannot be downloaded "
-                f"({type(error).__name__}); fetch it by hand and give its path instead of the name"
+                f"released={name}: expected https://huggingface.co/{REPOSITORY}/resolve/main/{file} in the cache or "
+                f"from the hub, found neither ({reason}); fetch it by hand and give its path instead of the name"
             ) from error
     with path.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()

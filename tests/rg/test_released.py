@@ -18,25 +18,27 @@ DIMS, SIZES, TIME = [8, 128, 4], [2, 4, 6], 6  # the second tap is as wide as th
 COLORS = {"control_range": (-0.5, 0.5), "sparse_loss": True}
 
 
-def make_record(output=None, *, sequential=False, dims=DIMS, time=TIME, seed=0, **config):
+def make_record(output=None, *, sequential=False, dims=DIMS, time=TIME, projection=128, seed=0, **config):
     """A file of the authors' layout, written from its description alone; output: channels of the output head."""
-    generator, inner = torch.Generator().manual_seed(seed), "0." if sequential else ""
+    generator, inner, width = torch.Generator().manual_seed(seed), "0." if sequential else "", projection // 4
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator) / max(1, torch.Size(shape).numel() // shape[0]) ** 0.5
 
     weights = {"mixing_weights": draw(len(dims))}
     for i, channels in enumerate(dims):
-        layers = {"conv1": (32, channels, 1, 1), "conv2": (32, 32, 3, 3), "conv3": (128, 32, 1, 1)}
-        if channels != 128:
-            layers["shortcut"] = (128, channels, 1, 1)
+        layers = {"conv1": (width, channels, 1, 1), "conv2": (width, width, 3, 3), "conv3": (projection, width, 1, 1)}
+        if channels != projection:
+            layers["shortcut"] = (projection, channels, 1, 1)
         for layer, shape in layers.items():
             weights[f"bottleneck_layers.{i}.{inner}{layer}.weight"] = draw(*shape)
             for part, centre in (("weight", 1.0), ("bias", 0.0)):
                 weights[f"bottleneck_layers.{i}.{inner}{layer}.norm.{part}"] = draw(shape[0]) * 0.3 + centre
-        weights[f"bottleneck_layers.{i}.{inner}emb_layers.weight"] = draw(32, time)
-        weights[f"bottleneck_layers.{i}.{inner}emb_layers.bias"] = draw(32)
-    for number, shape in {0: (128, 128, 3, 3), 2: (32, 128, 3, 3), 4: (output, 32, 1, 1)}.items() if output else ():
+        weights[f"bottleneck_layers.{i}.{inner}emb_layers.weight"] = draw(width, time)
+        weights[f"bottleneck_layers.{i}.{inner}emb_layers.bias"] = draw(width)
+    for number, shape in (
+        {0: (128, projection, 3, 3), 2: (32, 128, 3, 3), 4: (output, 32, 1, 1)}.items() if output else ()
+    ):
         weights |= {f"output_head.{number}.weight": draw(*shape), f"output_head.{number}.bias": draw(shape[0])}
     aggregation = {"use_output_head": output is not None, "bottleneck_sequential": sequential}
     if output is not None:
@@ -44,7 +46,7 @@ def make_record(output=None, *, sequential=False, dims=DIMS, time=TIME, seed=0, 
     if output == 18:
         aggregation["output_head_act"] = False
     plain = {
-        "projection_dim": 128,
+        "projection_dim": projection,
         "dims": list(dims),
         "save_timestep": [0],
         "num_timesteps": 1000,
@@ -129,6 +131,16 @@ def test_a_keypoint_file(load):
     last = record["aggregation_network"]["output_head.4.bias"]
     last += 100
     torch.testing.assert_close(load(record)(maps, embedding), head(maps, embedding) + 100)  # linear
+
+
+@pytest.mark.parametrize(("dims", "output", "parameters"), [
+    ([1280] * 6 + [640] * 3 + [320] * 3, 3, 8_484_751), ([1280] * 6 + [640] * 3 + [320] * 3, None, 8_005_260),
+    ([1280] * 3 + [640] * 3 + [320] * 3, 3, 5_907_436), ([1280] * 3 + [640] * 3 + [320] * 3, None, 5_427_945),
+])  # fmt: skip
+def test_files_of_the_released_sizes(load, dims, output, parameters):
+    head = load(make_record(output, dims=dims, time=1280, projection=384), task=None if output else "appearance")
+    assert sum(parameter.numel() for parameter in head.parameters()) == parameters
+    head.check_taps(dims, 1280)
 
 
 @pytest.mark.parametrize("flag", [True, False, None])
@@ -310,7 +322,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("name", released_files.FILES)
 def test_a_name_that_cannot_be_downloaded(cache, name, family):
-    words = rf"released={name}: (weights|readout_pose)/readout_{family.replace('sd15', 'sdv15')}_\w+\.pt .* by hand"
+    file = rf"(weights|readout_pose)/readout_{family.replace('sd15', 'sdv15')}_\w+\.pt"
+    words = rf"released={name}: expected https://\S+/{file} in the cache .*offline mode is enabled.* by hand"
     with pytest.raises(FileNotFoundError, match=words):
         released.load(name, family=family)
 
