@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from data_prep.marionette import KINDS, render
+from data_prep.marionette import KINDS, VERSION, render
 from rg.points import Size, inside, rescale
 from rg.samples import SPLITS
 
@@ -111,7 +111,7 @@ class MarionetteSource:
         self.kinds = dict(kinds)
 
     def describe(self, split: str) -> dict[str, Any]:
-        return {"crop": "none"}
+        return {"crop": "none", "world": VERSION}
 
     def count(self, split: str) -> None:
         return None

@@ -6,8 +6,11 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
-from rg.hooks import Prediction, embed_time, predict, tap_channels, time_embed_dim
-from rg.models import locate
+from rg.conditions import Condition, encode_condition
+from rg.folders import load_pipeline
+from rg.hooks import Prediction, condition_dim, embed_time, predict, tap_channels, time_embed_dim
+from rg.pipelines import check_pipeline
+from rg.precision import keep_float32
 
 
 class DiffusionBackbone:
@@ -19,34 +22,49 @@ class DiffusionBackbone:
     """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
+        """Takes a text-to-image pipeline of Stable Diffusion 1, 2 or SDXL; its VAE is kept in float32.
+
+        Raises:
+            ValueError: the pipeline has no U-Net with taps.
+        """
+        check_pipeline(pipeline)
         self.pipeline = pipeline
         self.denoiser: nn.Module = pipeline.unet
         self.vae: nn.Module = pipeline.vae
-        for module in (self.denoiser, self.vae, pipeline.text_encoder):
+        encoders = (getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2"))
+        for module in (self.denoiser, self.vae, *filter(None, encoders)):
             module.eval().requires_grad_(False)
+        if pipeline.unet.dtype != torch.float32:
+            keep_float32(self.vae)
         self.num_timesteps: int = pipeline.scheduler.config.num_train_timesteps
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod
         self.time_embed_dim: int = time_embed_dim(self.denoiser)
+        self.condition_dim: int = condition_dim(self.denoiser)
         self.tap_channels: list[int] = tap_channels(self.denoiser)
         self.latent_channels: int = self.vae.config.latent_channels
         side = self.denoiser.config.sample_size
         self.latent_size: tuple[int, int] = (side, side)
         self.resolution: tuple[int, int] = (side * pipeline.vae_scale_factor, side * pipeline.vae_scale_factor)
-        self.conditions: dict[str, Tensor] = {}
+        self.conditions: dict[str, Condition] = {}
 
     @classmethod
-    def from_pretrained(cls, path: str, *, device: str | None = None) -> "DiffusionBackbone":
-        """Loads a diffusers folder, or a shipped model by its name, in float32, with the DDIM scheduler.
+    def from_pretrained(
+        cls, path: str, *, device: str | None = None, precision: str = "float32", variant: str | None = None
+    ) -> "DiffusionBackbone":
+        """Loads a pipeline with the DDIM scheduler.
 
-        device=None takes a CUDA GPU where there is one.
+        Args:
+            path: a diffusers folder, a shipped model's name, or "owner/name" on the hub.
+            device: None takes a CUDA GPU where there is one.
+            precision: of the U-Net and the text encoders: float32, bfloat16 or float16.
+            variant: which of several files of weights, such as "fp16".
 
         Raises:
-            FileNotFoundError: there is no such folder, or it holds no pipeline.
+            FileNotFoundError: there is no such folder, the hub does not answer, or a file is missing.
+            ValueError: it holds no pipeline that guidance knows, or a file is damaged.
         """
-        folder = locate(path)
-        if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"backbone {folder}: expected a diffusers folder with model_index.json, found none")
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        pipeline = load_pipeline(path, precision=precision, variant=variant)
+        check_pipeline(pipeline)
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
@@ -70,32 +88,44 @@ class DiffusionBackbone:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents of images."""
+        """Mean and standard deviation of the latents of images, in float32.
+
+        Raises:
+            FloatingPointError: the VAE overflows.
+        """
         posterior = self.vae.encode(images.to(self.device)).latent_dist
-        return posterior.mean * self.vae.config.scaling_factor, posterior.std * self.vae.config.scaling_factor
+        return self._finite(posterior.mean) * self.vae.config.scaling_factor, posterior.std * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of latents, clamped to [-1, 1]."""
-        return self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+        """Images of latents, clamped to [-1, 1], in float32; raises FloatingPointError where the VAE overflows."""
+        pictures = self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor).sample
+        return self._finite(pictures).clamp(-1, 1)
+
+    def _finite(self, values: Tensor) -> Tensor:
+        if not values.isfinite().all():
+            raise FloatingPointError(f"vae: expected finite values, got nan or inf in {values.dtype}: weights or input")
+        return values
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al., 2020, eq. 4), one timestep per sample."""
         abar = self.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
         return abar.sqrt() * latents + (1 - abar).sqrt() * noise
 
-    @torch.no_grad()
-    def condition(self, prompt: str) -> Tensor:
-        """Text embedding of one prompt: (1, tokens, width)."""
+    def condition(self, prompt: str) -> Condition:
+        """Embeddings of one prompt, made once."""
         if prompt not in self.conditions:
-            self.conditions[prompt] = self.pipeline.encode_prompt(prompt, self.device, 1, False)[0]
+            self.conditions[prompt] = encode_condition(self.pipeline, prompt, self.device)
         return self.conditions[prompt]
 
     def predict(self, x_t: Tensor, timesteps: Tensor, prompt: str = "") -> Prediction:
-        """Output and features of noisy latents x_t at timesteps (B,), all under one prompt."""
-        condition = self.condition(prompt).expand(len(x_t), -1, -1)
-        return predict(self.denoiser, x_t, timesteps, encoder_hidden_states=condition)
+        """Output and features of noisy latents x_t at timesteps (B,), all under one prompt, in float32."""
+        factor = self.pipeline.vae_scale_factor
+        x_t = x_t.to(self.denoiser.dtype)
+        inputs = self.condition(prompt).inputs(len(x_t), (x_t.shape[-2] * factor, x_t.shape[-1] * factor), x_t)
+        prediction = predict(self.denoiser, x_t, timesteps, **inputs)
+        return Prediction(prediction.output.float(), [feature.float() for feature in prediction.features])
 
     def embed_time(self, index: Tensor) -> Tensor:
-        """The denoiser's embedding of time indices (B,): (B, time_embed_dim)."""
-        return embed_time(self.denoiser, index)
+        """The denoiser's embedding of time indices (B,): (B, time_embed_dim), in float32."""
+        return embed_time(self.denoiser, index).float()

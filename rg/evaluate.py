@@ -45,7 +45,9 @@ class Evaluation:
         self.cfg, self.run_dir = cfg, run_dir
         self.head: ReadoutHead = choose_head(cfg.head, cfg.world.family)
         self.backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
-        self.head.check_taps(self.backbone.tap_channels, self.backbone.time_embed_dim)
+        self.head.check_taps(
+            self.backbone.tap_channels, self.backbone.time_embed_dim, self.backbone.condition_dim
+        )
         self.head.to(self.backbone.device)
         self.detector: KeypointDetector = instantiate(cfg.world.detector)
         set_scheduler(self.backbone.pipeline, cfg.scheduler)

@@ -9,11 +9,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
+from rg.conditions import encode_condition
 from rg.guided_step import GuidedRun, StepTrace
-from rg.hooks import hooked, tap_channels, time_embed_dim
+from rg.hooks import hooked
+from rg.pipelines import check_head, check_pipeline, uncompiled
+from rg.precision import watched
 from rg.schedules import check_scheduler, moved_samples
 from rg.targets import FixedTarget
 
@@ -116,17 +118,21 @@ class ReadoutGuidance:
         """Guides every call of `pipe` inside the context; afterwards the pipeline is as it was.
 
         Raises:
-            ValueError: the scheduler has no rule, or a head was made for another backbone.
+            ValueError: the pipeline or its scheduler has no rule, or a head was made for another backbone.
         """
+        check_pipeline(pipe)
         check_scheduler(pipe.scheduler, self.update)
         for term in self.terms:
-            if hasattr(term.head, "check_taps"):
-                term.head.check_taps(tap_channels(pipe.unet), time_embed_dim(pipe.unet))
-        with torch.no_grad():
-            condition = None if self.prompt is None else pipe.encode_prompt(self.prompt, pipe.device, 1, False)[0]
-        run = GuidedRun(self, pipe, condition)
+            check_head(term.head, pipe)
+        condition = None
+        if self.prompt is not None and self.branch == "uncond":
+            condition = encode_condition(pipe, self.prompt)
+            pipe.maybe_free_model_hooks()  # an offloaded text encoder goes back
         with ExitStack() as stack:
+            stack.enter_context(uncompiled(pipe))
+            run = GuidedRun(self, pipe, condition)
             stack.enter_context(hooked(pipe.unet, run, checkpointing=self.checkpointing))
+            stack.enter_context(watched(getattr(pipe, "vae", None)))
             if self.update == "adam":
                 stack.enter_context(moved_samples(pipe.scheduler, run.take_move))
             yield self

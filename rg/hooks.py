@@ -49,12 +49,23 @@ def taps(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 def tap_channels(denoiser: nn.Module) -> list[int]:
     """Channels of the taps, in decoder order."""
-    return [tap.out_channels for tap in taps(denoiser).values()]
+    # The layer under an adapter such as LoRA's, which hides its sizes.
+    return [getattr(tap, "base_layer", tap).out_channels for tap in taps(denoiser).values()]
 
 
 def time_embed_dim(denoiser: nn.Module) -> int:
     """Width of the denoiser's time embedding."""
-    return denoiser.time_embedding.linear_2.out_features
+    return getattr(denoiser.time_embedding.linear_2, "base_layer", denoiser.time_embedding.linear_2).out_features
+
+
+def condition_dim(denoiser: nn.Module) -> int:
+    """Width of the text embeddings that the denoiser attends to: 768 in Stable Diffusion 1, 1024 in 2, 2048 in SDXL."""
+    return denoiser.config.cross_attention_dim
+
+
+def latent_channels(denoiser: nn.Module) -> int:
+    """Channels of the latent itself: inpainting adds input channels behind it, learned variance output channels."""
+    return min(denoiser.config.in_channels, denoiser.config.out_channels)
 
 
 def predict(
@@ -76,6 +87,11 @@ def predict(
         # Removed before any backward pass: recomputation of checkpointed blocks would fire them again.
         for handle in handles:
             handle.remove()
+    if len(features) != len(handles):
+        raise RuntimeError(
+            f"denoiser: expected {len(handles)} features from its taps, got {len(features)}: compiled code runs no "
+            "hooks; compile the attention blocks alone, with denoiser.compile_repeated_blocks()"
+        )
     return Prediction(output, features)
 
 
@@ -120,6 +136,21 @@ class _DenoiserHook(ModelHook):
 
 
 @contextmanager
+def _inside_offload(denoiser: nn.Module) -> Iterator[None]:
+    """Lets `forward` be changed beneath accelerate's hook, if there is one.
+
+    Offloading then brings the weights once per call of the pipeline, and what is set here outlasts the end of a
+    pipeline's call, where diffusers takes every offload hook off and puts new ones on.
+    """
+    if not hasattr(denoiser, "_hf_hook"):
+        yield
+        return
+    outer, denoiser.forward = denoiser.forward, denoiser._old_forward
+    yield
+    denoiser._old_forward, denoiser.forward = denoiser.forward, outer
+
+
+@contextmanager
 def hooked(denoiser: nn.Module, call: Callable[..., Tensor], *, checkpointing: bool = False) -> Iterator[None]:
     """Lets `call(forward, sample, timestep, **inputs) -> output` answer for the denoiser inside the context.
 
@@ -134,25 +165,28 @@ def hooked(denoiser: nn.Module, call: Callable[..., Tensor], *, checkpointing: b
     had_registry = hasattr(denoiser, "_diffusers_hook")
     if had_registry and denoiser._diffusers_hook.get_hook(HOOK_NAME) is not None:
         raise RuntimeError("guidance is attached to this pipeline already; leave that context first")
-    own_forward = denoiser.__dict__.get("forward")
-    trainable = [p for p in denoiser.parameters() if p.requires_grad]
+    own_forward = denoiser.__dict__.get("_old_forward", denoiser.__dict__.get("forward"))
+    # By name: offloading replaces the parameters themselves.
+    trainable = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
     checkpointed = {m: {k: v for k, v in vars(m).items() if k in CHECKPOINTING} for m in denoiser.modules()}
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-    registry.register_hook(_DenoiserHook(call), HOOK_NAME)
+    with _inside_offload(denoiser):
+        registry.register_hook(_DenoiserHook(call), HOOK_NAME)
     try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+        for name in trainable:
+            denoiser.get_parameter(name).requires_grad_(False)
         if checkpointing:
             denoiser.enable_gradient_checkpointing()
         yield
     finally:
-        registry.remove_hook(HOOK_NAME, recurse=False)
-        if own_forward is None:
-            denoiser.__dict__.pop("forward", None)
+        with _inside_offload(denoiser):
+            registry.remove_hook(HOOK_NAME, recurse=False)
+            if own_forward is None:
+                denoiser.__dict__.pop("forward", None)
         if not had_registry:
             del denoiser._diffusers_hook
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for name in trainable:
+            denoiser.get_parameter(name).requires_grad_(True)
         for module, state in checkpointed.items():
             for name in CHECKPOINTING:
                 vars(module).pop(name, None)

@@ -26,6 +26,7 @@ class ReadoutHead(LightningModule):
     Args:
         tap_channels: channels of the backbone's taps, coarse to fine.
         time_embed_dim: width of the backbone's time embedding.
+        condition_dim: width of the backbone's text embeddings; it tells apart families with the same taps. None: unknown.
         projection_dim: channels of the aggregate; norm_groups must divide a quarter of it.
         output_scale: readout cells per latent cell and axis.
         time_convention: index embedded for time t: "direct" t, "mirrored" N - t (the authors' files), "none".
@@ -40,6 +41,7 @@ class ReadoutHead(LightningModule):
         *,
         tap_channels: list[int],
         time_embed_dim: int,
+        condition_dim: int | None = None,
         projection_dim: int = 384,
         norm_groups: int = 32,
         output_scale: int = 1,
@@ -72,17 +74,23 @@ class ReadoutHead(LightningModule):
 
     def attach_backbone(self, backbone: Any) -> Self:
         """Sets the frozen model (rg.backbone.DiffusionBackbone) whose features this head is trained on."""
-        self.check_taps(backbone.tap_channels, backbone.time_embed_dim)
+        self.check_taps(backbone.tap_channels, backbone.time_embed_dim, backbone.condition_dim)
         self.backbone = backbone
         return self
 
-    def check_taps(self, tap_channels: list[int], time_embed_dim: int) -> None:
+    def check_taps(self, tap_channels: list[int], time_embed_dim: int, condition_dim: int | None = None) -> None:
         """Raises ValueError when the head was built for another backbone."""
         own = (list(self.hparams.tap_channels), self.hparams.time_embed_dim)
         if own != (list(tap_channels), time_embed_dim):
             raise ValueError(
                 f"head {type(self).__name__} was made for a backbone with tap channels {own[0]} and time embedding "
                 f"{own[1]}; this one has {list(tap_channels)} and {time_embed_dim}"
+            )
+        if None not in (self.hparams.condition_dim, condition_dim) and self.hparams.condition_dim != condition_dim:
+            raise ValueError(
+                f"head {type(self).__name__} was made for another model family with the same taps: it expects text "
+                f"embeddings of width {self.hparams.condition_dim}, this backbone's have {condition_dim} "
+                "(768 Stable Diffusion 1, 1024 Stable Diffusion 2, 2048 SDXL)"
             )
 
     @property

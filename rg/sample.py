@@ -37,7 +37,7 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
         raise ValueError(f"images: expected at least 1, got {cfg.images}")
     head = choose_head(cfg.head, cfg.world.family)
     backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
-    head.check_taps(backbone.tap_channels, backbone.time_embed_dim)
+    head.check_taps(backbone.tap_channels, backbone.time_embed_dim, backbone.condition_dim)
     head.to(backbone.device)
     set_scheduler(backbone.pipeline, cfg.scheduler)
     target, prompts = read_controls(cfg, backbone)

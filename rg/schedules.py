@@ -64,7 +64,8 @@ def moved_samples(scheduler: Any, take_move: Callable[[], Tensor | None]) -> Ite
     @functools.wraps(step)
     def moved_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         move = take_move()
-        return step(model_output, timestep, sample if move is None else sample + move, *args, **kwargs)
+        moved = sample if move is None else (sample + move).to(sample.dtype)
+        return step(model_output, timestep, moved, *args, **kwargs)
 
     scheduler.step = moved_step
     try:

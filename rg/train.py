@@ -21,9 +21,8 @@ def train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
     """Trains the head that `cfg` describes and leaves it in <run_dir>/head; continues a checkpoint found there."""
     seed_everything(cfg.seed, workers=True, verbose=False)
     backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
-    head: ReadoutHead = instantiate(
-        cfg.head, tap_channels=backbone.tap_channels, time_embed_dim=backbone.time_embed_dim, _convert_="all"
-    )
+    widths = {name: getattr(backbone, name) for name in ("tap_channels", "time_embed_dim", "condition_dim")}
+    head: ReadoutHead = instantiate(cfg.head, **widths, _convert_="all")
     head.attach_backbone(backbone)
     data = instantiate(cfg.data, autoencoder_id=backbone.autoencoder_id)
     trainer = instantiate(cfg.trainer, logger=list(instantiate(cfg.logger).values()))

@@ -15,7 +15,7 @@ from torch import Tensor
 from data_prep.marionette.labels import area_mean, edges, majority
 from data_prep.marionette.people import CAPSULE_INSTANCE, CAPSULE_LABEL, LABELS, Stage, keypoints, set_stage
 from data_prep.marionette.rays import Hits, cast, dot
-from data_prep.marionette.scene import FOCAL, KINDS, Pairs, Scene, draw_scene
+from data_prep.marionette.scene import FOCAL, KINDS, VERSION, Pairs, Scene, draw_scene
 from data_prep.marionette.surfaces import Backdrop, backdrop, cast_shadows, light_directions, shade
 from data_prep.marionette.words import ATTRIBUTES, COLORS, GROUNDS, HAIRS, SKIES, SKINS, UNSEEN_PAIRS, VOCABULARY
 
@@ -29,6 +29,7 @@ __all__ = [
     "SKIES",
     "SKINS",
     "UNSEEN_PAIRS",
+    "VERSION",
     "VOCABULARY",
     "Stills",
     "render",

@@ -1,0 +1,108 @@
+"""The autoencoder of the embedded model: 64 x 64 pictures to 16 x 16 latents whose spread is learnt too."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Generator, Tensor
+
+from experiments.detector_pictures import from_bytes, to_bytes
+from experiments.marionette.files import is_done, save, write_note
+from experiments.marionette.pictures import Pictures
+from experiments.marionette.reconstruction import encode, quality, write_grid
+from experiments.marionette.trainer import Trainer
+
+LOG_VARIANCE = -6.0  # at the start: a spread of 0.05, small beside latents of about 1
+PREVIEWED = 12
+
+
+def make_autoencoder(widths: list[int], resolution: int, seed: int) -> AutoencoderKL:
+    """Random weights of a seed; latents have 4 channels and are 2 ** (len(widths) - 1) times smaller than pictures."""
+    torch.manual_seed(seed)
+    levels = len(widths)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(widths),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=resolution,
+        mid_block_add_attention=False,
+    )
+    with torch.no_grad():
+        vae.quant_conv.weight[4:] *= 0.1
+        vae.quant_conv.bias[4:] = LOG_VARIANCE
+    return vae
+
+
+def slopes(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbouring pixels along x and y of (B, C, H, W)."""
+    return images[..., 1:] - images[..., :-1], images[..., 1:, :] - images[..., :-1, :]
+
+
+def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    """Squared error, absolute error, and that of the slopes: edges of thin things weigh more."""
+    edges = sum(F.l1_loss(a, b) for a, b in zip(slopes(decoded), slopes(images), strict=True))
+    return F.mse_loss(decoded, images) + F.l1_loss(decoded, images) + 0.5 * edges
+
+
+def loss_of(vae: AutoencoderKL, generator: Generator, *, pictures: Tensor, batch_size: int, kl_weight: float) -> Tensor:
+    """Negative evidence lower bound of a drawn batch, up to constants (Kingma and Welling, 2014, eq. 7).
+
+    The divergence from N(0, 1) is a mean over latent elements; its log-variance part sets the spread.
+    """
+    rows = torch.randint(len(pictures), (batch_size,), generator=generator, device=generator.device)
+    images = from_bytes(pictures[rows])
+    with torch.autocast(images.device.type, torch.bfloat16):
+        moments = vae.quant_conv(vae.encoder(images))
+    mean, log_variance = moments.float().chunk(2, 1)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    with torch.autocast(images.device.type, torch.bfloat16):
+        decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return reconstruction_loss(decoded.float(), images) + kl_weight * divergence
+
+
+@torch.no_grad()
+def preview(vae: AutoencoderKL, path: Path, *, pictures: Tensor) -> None:
+    """Writes pictures (N, 3, H, W) uint8 above what the means of their latents decode to."""
+    mean, _ = encode(vae, pictures)
+    write_grid(path, pictures, to_bytes(vae.decode(mean.to(vae.device)).sample))
+
+
+def finish(vae: AutoencoderKL, pictures: Tensor, held_out: Tensor, folder: Path) -> dict[str, float]:
+    """Writes folder/model, of weights that half precision can hold, and the pictures' latents; returns its quality."""
+    vae = vae.half().float()
+    mean, spread = encode(vae, pictures)
+    scale = 1 / (mean + spread * torch.randn(mean.shape, generator=Generator().manual_seed(0))).std().item()
+    vae.register_to_config(scaling_factor=scale)
+    vae.save_pretrained(folder / "model")
+    save(folder / "latents.pt", {"mean": mean * scale, "spread": spread * scale})
+    return quality(vae, held_out) | {"scaling_factor": scale, "spread": (spread * scale).mean().item()}
+
+
+def train_autoencoder(
+    pictures: Pictures, held_out: Tensor, settings: dict[str, Any], folder: Path, deadline: float
+) -> bool:
+    """Trains on pictures, with (N, 3, H, W) uint8 held out; returns whether that is done: the same call continues.
+
+    In the end folder holds model/ (see `finish`), latents.pt (mean and spread of pictures, scaled) and quality.json.
+    """
+    identity = settings | {"pictures": pictures.name}
+    done = folder / "quality.json"
+    if is_done(done, identity):
+        return True
+    network = make_autoencoder(settings["widths"], pictures.image.shape[-1], settings["seed"]).to(settings["device"])
+    images = pictures.image.to(network.device)
+    loss = partial(loss_of, pictures=images, batch_size=settings["batch_size"], kl_weight=settings["kl_weight"])
+    trainer = Trainer(network, loss, identity, folder)
+    if not trainer.run(deadline, partial(preview, pictures=held_out[:PREVIEWED])):
+        return False
+    found = finish(trainer.average, images, held_out, folder)
+    write_note(done, identity, found)
+    print(f"autoencoder: {found}")
+    return True

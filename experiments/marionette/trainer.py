@@ -1,0 +1,138 @@
+"""Training that can stop at any step: what it draws depends on (seed, step) alone, what it learnt is in one file."""
+
+import copy
+import csv
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
+
+from experiments.marionette.files import save
+from rg.evaluation import write_text
+
+SAVE_EVERY = 180  # seconds
+CLIP = 1.0  # largest norm of the gradient
+
+
+def step_generator(seed: int, step: int, device: torch.device) -> Generator:
+    """The source of all chance in one step."""
+    state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
+    return Generator(device).manual_seed(int(state) >> 1)
+
+
+class Trainer:
+    """A network on its way, and the moving average of its weights that is kept in the end.
+
+    The learning rate is constant after a short warm-up and falls to 0 in the last part of the steps: before that part
+    begins the number of steps may still be changed.
+
+    Args:
+        network: what learns.
+        loss: of one step; all chance comes from its generator.
+        settings: steps, learning_rate, warm_up (steps), decay (share of the steps), weight_decay, ema (largest
+            decay of the average), seed, and whatever else decides the run.
+        folder: gets checkpoint.pt, losses.csv and pictures; a checkpoint in it is taken up.
+
+    Raises:
+        ValueError: the checkpoint was made with other settings.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: Callable[[nn.Module, Generator], Tensor],
+        settings: dict[str, Any],
+        folder: Path,
+    ) -> None:
+        self.network, self.loss, self.settings, self.folder = network, loss, settings, folder
+        self.average = copy.deepcopy(network).requires_grad_(False).eval()
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(), betas=(0.9, 0.99), weight_decay=settings["weight_decay"], fused=True
+        )
+        self.device = next(network.parameters()).device
+        self.step, self.losses = 0, list[float]()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoint = folder / "checkpoint.pt"
+        if self.checkpoint.is_file():
+            self._take_up(torch.load(self.checkpoint, weights_only=True, map_location=self.device))
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.settings["steps"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {key: value for key, value in self.settings.items() if key not in ("steps", "preview_minutes")}
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        if state["settings"] != self._identity():
+            raise ValueError(
+                f"{self.checkpoint} was made with {state['settings']}, expected {self._identity()}: "
+                "go back to its settings, or delete it to begin anew"
+            )
+        self.network.load_state_dict(state["network"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.losses = state["step"], state["losses"].tolist()
+
+    def save(self) -> None:
+        """Writes checkpoint and losses under temporary names, then puts them in place."""
+        state = {"network": self.network.state_dict(), "average": self.average.state_dict()}
+        state |= {"optimizer": self.optimizer.state_dict(), "step": self.step}
+        state |= {"losses": torch.tensor(self.losses, dtype=torch.float64), "settings": self._identity()}
+        save(self.checkpoint, state)
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([("step", "loss"), *enumerate(self.losses, 1)])
+        write_text(self.folder / "losses.csv", table.getvalue())
+
+    def learning_rate(self) -> float:
+        """Of the present step."""
+        steps, warm_up, decay = (self.settings[name] for name in ("steps", "warm_up", "decay"))
+        left = (steps - self.step) / max(1, decay * steps)
+        return self.settings["learning_rate"] * min(1.0, (self.step + 1) / warm_up, left)
+
+    def advance(self) -> float:
+        """One step; returns its loss."""
+        loss = self.loss(self.network, step_generator(self.settings["seed"], self.step, self.device))
+        self.network.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), CLIP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.step()
+        decay = min(self.settings["ema"], (1 + self.step) / (10 + self.step))
+        averages, weights = list(self.average.parameters()), list(self.network.parameters())
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+        self.step += 1
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    def run(self, deadline: float, preview: Callable[[nn.Module, Path], None]) -> bool:
+        """Trains until the last step or until time.monotonic() passes deadline; returns whether it is finished.
+
+        Args:
+            preview: writes a picture of what the average can do to a path, now and then and after the last step.
+        """
+        saved = shown = time.monotonic()
+        steps = self.settings["steps"]
+        progress = tqdm(total=steps, initial=self.step, desc=self.folder.name, mininterval=1)
+        while not self.finished and time.monotonic() < deadline:
+            loss = self.advance()
+            progress.update()
+            progress.set_postfix(loss=f"{loss:.4f}", mean=f"{np.mean(self.losses[-200:]):.4f}", refresh=False)
+            now = time.monotonic()
+            if now - saved > SAVE_EVERY:
+                self.save()
+                saved = now
+            if now - shown > 60 * self.settings["preview_minutes"] or self.finished:
+                preview(self.average, self.folder / f"{self.step:06d}.png")
+                shown = now
+        progress.close()
+        self.save()
+        return self.finished

@@ -1,0 +1,144 @@
+"""Finds and reads pipelines: a diffusers folder, a shipped model, or a repository of the model hub."""
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from rg.models import locate
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Parts of a pipeline's folder that sampling without a safety filter does not need.
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+# The one file or more that says a component which holds no weights is there.
+MARKS = {
+    "Scheduler": "scheduler_config.json",
+    "Tokenizer": "tokenizer_config.json",
+    "TokenizerFast": "tokenizer_config.json",
+}
+
+
+def load_pipeline(path: str, *, precision: str = "float32", variant: str | None = None) -> DiffusionPipeline:
+    """A pipeline with weights of safetensors alone, in evaluation mode on the CPU.
+
+    Args:
+        path: a diffusers folder, the name of a shipped model, or "owner/name" on the hub, which is downloaded once.
+        precision: one of PRECISIONS.
+        variant: the files' infix, such as "fp16" in model.fp16.safetensors.
+
+    Raises:
+        FileNotFoundError: there is no such folder, the hub does not answer, or a file is missing.
+        ValueError: the precision is unknown, or a file is cut short or holds something else.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {sorted(PRECISIONS)}, got {precision!r}")
+    folder = find_pipeline(path, variant)
+    parts = check_folder(folder, variant)
+    absent: dict[str, Any] = {name: None for name in UNUSED if name in parts}
+    if "safety_checker" in absent:
+        absent["requires_safety_checker"] = False
+    settings = {"dtype": PRECISIONS[precision], "variant": variant, "use_safetensors": True, "local_files_only": True}
+    try:
+        return DiffusionPipeline.from_pretrained(folder, **settings, **absent)
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(f"backbone {folder}: cannot be loaded: {_first_line(error)}") from None
+
+
+def find_pipeline(path: str, variant: str | None = None) -> Path:
+    """The folder of a pipeline; one that only the hub has is downloaded into its cache first.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or the hub does not answer.
+    """
+    try:
+        return locate(path)
+    except FileNotFoundError:
+        if not HUB_ID.fullmatch(path) or (len(Path(path).parts) > 1 and Path(path).parent.is_dir()):
+            raise
+    unused = dict.fromkeys(UNUSED)
+    try:
+        return Path(DiffusionPipeline.download(path, variant=variant, use_safetensors=True, **unused))
+    except Exception as error:  # whatever the network, the hub or its cache may raise
+        raise FileNotFoundError(
+            f"backbone {path}: expected a folder, or a repository in the local cache or on the hub, which gave "
+            f"{type(error).__name__}: {_first_line(error)}; with a network, `hf download {path}` fetches it"
+        ) from None
+
+
+def check_folder(folder: Path, variant: str | None = None) -> list[str]:
+    """Names of a pipeline's components, each of them complete.
+
+    Raises:
+        FileNotFoundError: the folder holds no pipeline, or not all of it.
+        ValueError: a file is cut short.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"backbone {folder}: expected a diffusers folder with model_index.json, found none")
+    try:
+        entries = json.loads(index.read_text())
+        parts = {name: entry for name, entry in entries.items() if isinstance(entry, list) and None not in entry}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"backbone {folder}: model_index.json is damaged: {_first_line(error)}") from None
+    for name, (library, kind) in parts.items():
+        if name in UNUSED:
+            continue
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(f"backbone {folder}: expected a folder {name} ({library} {kind}), found none")
+        mark = next((mark for ending, mark in MARKS.items() if kind.endswith(ending)), "config.json")
+        if not (folder / name / mark).is_file():
+            raise FileNotFoundError(f"backbone {folder}: expected {name}/{mark}, found {_listing(folder / name)}")
+        if mark == "config.json":
+            _check_weights(folder, name, variant)
+    return list(parts)
+
+
+def _check_weights(folder: Path, name: str, variant: str | None) -> None:
+    part, infix = folder / name, "" if variant is None else f".{variant}"
+    stems = ("model", "diffusion_pytorch_model")
+    indices = [path for stem in stems for path in part.glob(f"{stem}.safetensors.index{infix}.json")]
+    files = [part / f"{stem}{infix}.safetensors" for stem in stems]
+    files = [path for path in files if path.is_file()]
+    if indices and not files:
+        wanted = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        missing = [file for file in wanted if not (part / file).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"backbone {folder}: half downloaded: expected {len(wanted)} files of weights in {name}, "
+                f"{missing} are missing"
+            )
+        files = [part / file for file in wanted]
+    if not files:
+        raise FileNotFoundError(
+            f"backbone {folder}: expected weights {name}/*{infix}.safetensors, found {_listing(part)}"
+        )
+    for path in files:
+        _check_length(path)
+
+
+def _check_length(path: Path) -> None:
+    """Compares a safetensors file's length with what its header says."""
+    found = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            (header,) = struct.unpack("<Q", stream.read(8))
+            entries = json.loads(stream.read(min(header, found)))
+        entries.pop("__metadata__", None)
+        expected = 8 + header + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"backbone: {path} is no safetensors file, or cut short after {found} bytes") from None
+    if found != expected:
+        raise ValueError(f"backbone: {path} is half downloaded: expected {expected} bytes, found {found}")
+
+
+def _listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,193 @@
+"""Tiny pipelines with random weights of every family that guidance works on, and how each of them is called.
+
+Pictures are 32x32, latents (4, 8, 8). Blocks, conditions and prediction types are those of the real models, widths are
+not: the text embeddings are 8, 12 and 16 wide in Stable Diffusion 1, 2 and SDXL.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    DiffusionPipeline,
+    SchedulerMixin,
+    T2IAdapter,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from rg.guidance import ReadoutGuidance
+
+# family: (diffusers' pipeline class, model, input channels of its U-Net)
+FAMILIES: dict[str, tuple[str, str, int]] = {
+    "sd15": ("StableDiffusionPipeline", "sd15", 4),
+    "sd21": ("StableDiffusionPipeline", "sd21", 4),
+    "sdxl": ("StableDiffusionXLPipeline", "sdxl", 4),
+    "sd15_controlnet": ("StableDiffusionControlNetPipeline", "sd15", 4),
+    "sdxl_controlnet": ("StableDiffusionXLControlNetPipeline", "sdxl", 4),
+    "sd15_adapter": ("StableDiffusionAdapterPipeline", "sd15", 4),
+    "sdxl_adapter": ("StableDiffusionXLAdapterPipeline", "sdxl", 4),
+    "sd15_img2img": ("StableDiffusionImg2ImgPipeline", "sd15", 4),
+    "sdxl_img2img": ("StableDiffusionXLImg2ImgPipeline", "sdxl", 4),
+    "sd15_inpaint": ("StableDiffusionInpaintPipeline", "sd15", 9),
+    "sd15_inpaint_plain": ("StableDiffusionInpaintPipeline", "sd15", 4),
+    "sdxl_inpaint": ("StableDiffusionXLInpaintPipeline", "sdxl", 9),
+}
+MODELS = ("sd15", "sd21", "sdxl")
+TEXT_WIDTH = {"sd15": 8, "sd21": 12, "sdxl": 8}
+
+
+def build(
+    family: str,
+    tokenizer: CLIPTokenizer,
+    *,
+    scheduler: type[SchedulerMixin] = DDIMScheduler,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> DiffusionPipeline:
+    """A tiny pipeline of a family; equal seeds give equal weights, and the random state outside is left alone."""
+    kind, model, channels = FAMILIES[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = _parts(model, channels, tokenizer)
+        if "controlnet" in family:
+            parts["controlnet"] = _controlnet(parts["unet"])
+        if "adapter" in family:
+            size = {"downscale_factor": 8, "adapter_type": "full_adapter_xl"} if model == "sdxl" else {}
+            parts["adapter"] = T2IAdapter(channels=[8, 16], num_res_blocks=1, **{"downscale_factor": 4} | size)
+    schedule = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+        prediction_type="v_prediction" if model == "sd21" else "epsilon",
+    )
+    if model != "sdxl":
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = getattr(diffusers, kind)(**parts, scheduler=scheduler.from_config(schedule.config))
+    if dtype != torch.float32:
+        pipe.to(dtype)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _parts(model: str, channels: int, tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    cross, plain, xl = "CrossAttn{}Block2D", "{}Block2D", model == "sdxl"
+    # Attention on the finest level in Stable Diffusion, on the coarse ones in SDXL.
+    levels = (plain, cross) if xl else (cross, plain)
+    unet = {
+        "sample_size": 8,
+        "in_channels": channels,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": tuple(level.format("Down") for level in levels),
+        "up_block_types": tuple(level.format("Up") for level in reversed(levels)),
+        "norm_num_groups": 4,
+        "cross_attention_dim": 16 if xl else TEXT_WIDTH[model],
+        "attention_head_dim": 2,
+        "use_linear_projection": model != "sd15",
+    }
+    if xl:
+        unet |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 6 * 4 + 8,
+            "transformer_layers_per_block": (1, 2),
+        }
+    parts = {
+        "unet": UNet2DConditionModel(**unet),
+        "vae": _autoencoder(),
+        "text_encoder": CLIPTextModel(_text_config(tokenizer, TEXT_WIDTH[model])),
+        "tokenizer": tokenizer,
+    }
+    if xl:
+        parts["text_encoder_2"] = CLIPTextModelWithProjection(_text_config(tokenizer, 8))
+        parts["tokenizer_2"] = tokenizer
+    return parts
+
+
+def _autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+
+
+def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=16,
+        projection_dim=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 8))
+    for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+        nn.init.normal_(layer.weight, std=0.3)  # they start as zeros: the control would say nothing
+    return net
+
+
+def arguments(family: str, images: int, size: tuple[int, int] = (32, 32)) -> dict[str, Any]:
+    """What a family's call takes beside the prompts: pictures of the given (height, width), made of noise."""
+    generator = torch.Generator().manual_seed(9)
+    noise = torch.randint(256, (*size, 3), generator=generator, dtype=torch.uint8)
+    picture = Image.fromarray(noise.numpy())
+    mask = Image.new("L", size[::-1])
+    mask.paste(255, (8, 8, 24, 24))
+    height, width = {"height": size[0], "width": size[1]}, {}
+    if "inpaint" in family:
+        # The picture is repeated by the pipelines themselves.
+        width = {"image": picture, "mask_image": mask, "strength": 0.99 if "plain" in family else 1.0}
+    elif "img2img" in family:
+        return {"image": [picture] * images, "strength": 0.8}
+    elif "controlnet" in family or "adapter" in family:
+        width = {"image": [picture] * images}
+    return {**height, **width}
+
+
+def denoise(
+    pipe: DiffusionPipeline,
+    family: str,
+    guidance: ReadoutGuidance | None = None,
+    *,
+    images: int = 2,
+    steps: int = 4,
+    size: tuple[int, int] = (32, 32),
+    **changes: Any,
+) -> Tensor:
+    """Final latents (images, 4, h, w) of different prompts, the same generators at every call, in float32."""
+    prompts = ["a person in a red shirt", "grass at dusk", "a person in a blue shirt on sand"][:images]
+    given = {
+        "prompt": prompts,
+        "guidance_scale": 2.0,
+        "num_inference_steps": steps,
+        "generator": [torch.Generator().manual_seed(i) for i in range(images)],
+        "output_type": "latent",
+        **arguments(family, images, size),
+    }
+    with guidance.attach(pipe) if guidance is not None else nullcontext():
+        return pipe(**given | changes).images.float()

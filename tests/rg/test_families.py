@@ -1,0 +1,191 @@
+"""Guidance on tiny pipelines of every family: what it adds, what it reads, and that it leaves nothing behind."""
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+
+from rg.backbone import DiffusionBackbone
+from rg.guidance import GuidanceTerm, ReadoutGuidance
+from rg.hooks import predict, take_rows
+from rg.schedules import alpha_bar
+from rg.targets import FixedTarget
+from tests.families import FAMILIES, MODELS, build, denoise
+
+
+def brightness(features, time_embedding):
+    """A head that is a plain function: the mean square of the finest tap."""
+    return features[-1].square().flatten(1).mean(1)
+
+
+def calls_of(pipe):
+    """A list that gets (sample, timestep, other arguments, output) of every call that the pipeline makes."""
+    calls = []
+
+    def before(_module, given, others):
+        calls.append([given[0].clone(), given[1], take_rows(others, slice(None), len(given[0]))])
+
+    handles = [
+        pipe.unet.register_forward_pre_hook(before, with_kwargs=True),
+        pipe.unet.register_forward_hook(lambda _m, _g, output: calls[-1].append(output[0])),
+    ]
+    return calls, handles
+
+
+def traces(pipe):
+    """What an attachment could leave behind on any part of a pipeline."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    modules = {
+        (key, name): (
+            sorted(vars(module)),
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            getattr(module, "gradient_checkpointing", 0),
+            module._compiled_call_impl,
+            vars(module).get("forward"),
+        )
+        for key, part in parts.items()
+        for name, module in part.named_modules()
+    }
+    flags = {(key, name): p.requires_grad for key, part in parts.items() for name, p in part.named_parameters()}
+    return modules, flags, sorted(vars(pipe.scheduler)), {key: id(part) for key, part in parts.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scale_zero_is_plain_sampling_and_nothing_is_left_behind(tokenizer, family):
+    pipe = build(family, tokenizer)
+    plain, before = denoise(pipe, family), traces(pipe)
+    guidance = ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=0.0)
+    torch.testing.assert_close(denoise(pipe, family, guidance), plain, rtol=1e-5, atol=1e-5)
+    assert guidance.trace
+    broken = ReadoutGuidance([GuidanceTerm(lambda features, _: brightness(features, _) * float("nan"))])
+    with pytest.raises(FloatingPointError):
+        denoise(pipe, family, broken)
+    assert traces(pipe) == before
+    assert torch.equal(denoise(pipe, family), plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_added_is_the_gradient_of_the_energy(tokenizer, family):
+    # Both branches: rows, residuals and extra input channels as the pipeline itself gives them; no call of one's own.
+    pipe = build(family, tokenizer)
+    calls, handles = calls_of(pipe)
+    denoise(pipe, family, steps=2)
+    count = len(calls)
+    denoise(pipe, family, ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=1e3, branch="both"), steps=2)
+    for handle in handles:
+        handle.remove()
+    (sample, timestep, others, plain), (_, _, _, guided) = calls[0], calls[count]
+    pipe.unet.requires_grad_(False)
+    x = sample.clone().requires_grad_()
+    features = predict(pipe.unet, x, timestep, **others).features
+    gradient = torch.autograd.grad(brightness(features, None).sum(), x)[0][:, :4].unflatten(0, (2, 2)).sum(0)
+    abar = pipe.scheduler.alphas_cumprod[timestep]
+    expected = 1e3 * (1 - abar).sqrt() * gradient
+    if pipe.scheduler.config.prediction_type == "v_prediction":
+        expected = expected / abar.sqrt()
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(guided - plain, expected.repeat(2, 1, 1, 1), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *((family, {"normalize": "rms", "readout_scale": 1.0}) for family in FAMILIES),
+        *((family, {"update": "adam", "learning_rate": 0.3}) for family in ("sd21", "sdxl", "sdxl_adapter")),
+        *((family, {"update": "adam", "learning_rate": 0.3, "branch": "both"}) for family in ("sd15_inpaint",)),
+    ],
+)
+def test_the_guided_energy_falls(tokenizer, family, settings):
+    pipe = build(family, tokenizer)
+    unguided = ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=0.0, branch=settings.get("branch", "uncond"))
+    guidance = ReadoutGuidance([GuidanceTerm(brightness)], **settings)
+    denoise(pipe, family, unguided, steps=6)
+    denoise(pipe, family, guidance, steps=6)
+    torch.testing.assert_close(guidance.trace[0].energy, unguided.trace[0].energy)
+    assert (guidance.trace[-1].energy < unguided.trace[-1].energy).all()
+
+
+@pytest.mark.parametrize("family", [*MODELS, "sdxl_controlnet", "sd15_adapter"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": (32, 48)},
+        {"images": 1, "size": (48, 32)},
+        {"images": 3},
+        {"negative_prompt": ["sand", "grass"]},
+        {"guidance_scale": 1.0},
+        {"num_images_per_prompt": 2, "generator": None, "latents": torch.randn(4, 4, 8, 8)},
+    ],
+    ids=lambda changes: next(reversed(changes)),
+)
+def test_sizes_batches_and_prompts(tokenizer, tiny_head, family, changes):
+    pipe = build(family, tokenizer)
+    head = tiny_head(pipe.unet, variant="rgb", time_convention="mirrored")
+    height, width = changes.get("size", (32, 32))
+    control = FixedTarget(torch.rand(1, 3, height, width) * 2 - 1)
+    guidance = ReadoutGuidance([GuidanceTerm(head, control)], readout_scale=0.0, keep_readouts=True)
+    plain = denoise(pipe, family, steps=2, **changes)
+    torch.testing.assert_close(denoise(pipe, family, guidance, steps=2, **changes), plain, rtol=1e-5, atol=1e-5)
+    readout = guidance.trace[-1].readouts[0]
+    assert readout.shape == (len(plain), 3, height // 2, width // 2)
+    assert guidance.trace[-1].energy.shape == (len(plain),) and len(guidance.trace) == 2
+    strong = ReadoutGuidance([GuidanceTerm(head, control)], normalize="rms", readout_scale=0.5)
+    assert not torch.allclose(denoise(pipe, family, strong, steps=2, **changes), plain, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "condition"),
+    [
+        ("sd21", {}, "shared"),
+        ("sd21", {"negative_prompt": ["sand"] * 2}, "own"),
+        # SDXL zeroes the embedding of an absent negative prompt, and encodes an empty one.
+        ("sdxl", {}, "own"),
+        ("sdxl", {"negative_prompt": [""] * 2}, "shared"),
+        ("sdxl", {"negative_prompt": [""] * 2, "negative_original_size": (32, 32)}, "shared"),
+        ("sdxl", {"negative_prompt": [""] * 2, "original_size": (64, 64)}, "own"),
+        ("sdxl", {"negative_prompt": [""] * 2, "crops_coords_top_left": (0, 4)}, "own"),
+        ("sdxl", {"guidance_scale": 1.0}, "own"),
+        ("sdxl", {"guidance_scale": 1.0, "prompt": ["", ""]}, "shared"),
+        ("sdxl_controlnet", {"negative_prompt": [""] * 2}, "shared"),
+        ("sdxl_adapter", {}, "own"),
+    ],
+)
+def test_features_are_read_under_the_heads_own_condition(tokenizer, tiny_head, family, arguments, condition):
+    pipe = build(family, tokenizer)
+    seen = []
+
+    def spy(features, time_embedding):
+        seen.append((features, time_embedding))
+        return brightness(features, time_embedding)
+
+    spy.prompt = ""
+    guidance = ReadoutGuidance([GuidanceTerm(spy)], readout_scale=0.0)
+    calls, handles = calls_of(pipe)
+    denoise(pipe, family, guidance, steps=2, **arguments)
+    for handle in handles:
+        handle.remove()
+    assert [step.condition for step in guidance.trace] == [condition] * 2
+    if "_" in family:
+        return  # the adapter's residuals come on top
+    x, timestep = calls[0][0][:2], calls[0][1].expand(2)
+    backbone = DiffusionBackbone(pipe)
+    for one, other in zip(seen[0][0], backbone.predict(x, timestep).features, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen[0][1], backbone.embed_time(timestep))
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sdxl_inpaint"])
+def test_a_scheduler_that_scales_its_sample(tokenizer, family):
+    pipe = build(family, tokenizer, scheduler=EulerDiscreteScheduler)
+    calls, handles = calls_of(pipe)
+    guidance = ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=1e3, branch="both")
+    plain = denoise(pipe, family, steps=2)
+    count = len(calls)
+    assert not torch.allclose(denoise(pipe, family, guidance, steps=2), plain, atol=1e-3)
+    pipe.scheduler.set_timesteps(2)
+    factor = 1e3 * (1 - alpha_bar(pipe.scheduler, pipe.scheduler.timesteps[0])).sqrt()
+    delta = calls[count][3] - calls[0][3]
+    norm = guidance.trace[0].gradient_norm * factor
+    torch.testing.assert_close(delta[:2].flatten(1).norm(dim=1), norm, rtol=1e-3, atol=1e-4)
+    for handle in handles:
+        handle.remove()
