@@ -22,6 +22,12 @@ RELATIVE: dict[str, tuple[type[ReadoutHead], dict[str, Any]]] = {
     # The authors call this one without a time embedding.
     "correspondence": (CorrespondenceHead, {"repulsion": 0.5, "time_convention": "none"}),
 }
+# The models that files name, and the width of their text embeddings: families with the same taps differ in it.
+CONDITION_DIM = {
+    "runwayml/stable-diffusion-v1-5": 768,
+    "stabilityai/stable-diffusion-2-1": 1024,
+    "stabilityai/stable-diffusion-xl-base-1.0": 2048,
+}
 
 
 def load(
@@ -97,6 +103,7 @@ def _build(record: dict[str, Any], task: str | None, time_convention: str | None
     head = kind(
         tap_channels=_list(record, "config.dims", int),
         time_embed_dim=1 if time_layer is None or time_layer.ndim != 2 else time_layer.shape[1],
+        condition_dim=CONDITION_DIM.get(str(record["config"].get("model_id"))),
         projection_dim=_entry(record, "config.projection_dim", int),
         prompt=str(record["config"].get("prompt", "")),
         **{**arguments, "time_convention": convention},

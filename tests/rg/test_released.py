@@ -12,6 +12,7 @@ from rg import released, released_files, sample
 from rg.backbone import DiffusionBackbone
 from rg.heads import AppearanceHead, CorrespondenceHead, SpatialHead, load_head
 from rg.sampling import choose_head
+from tests import families
 
 CONF = Path(__file__).parents[2] / "conf"
 DIMS, SIZES, TIME = [8, 128, 4], [2, 4, 6], 6  # the second tap is as wide as the projection: no shortcut
@@ -368,6 +369,32 @@ def test_known_sha256s_are_of_known_files():
 def compose_sample(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("sample", ["+experiment=pose_control", "run_dir=none", *overrides])
+
+
+def test_a_head_is_for_the_family_that_its_file_names(load):
+    heads = [load(make_record(3, model_id=name)) for name in ("runwayml/stable-diffusion-v1-5", "my/finetune")]
+    for head in heads:
+        head.check_taps(DIMS, TIME, 768)
+    with pytest.raises(ValueError, match="another model family with the same taps: .* width 768, .* have 1024"):
+        heads[0].check_taps(DIMS, TIME, 1024)
+    heads[1].check_taps(DIMS, TIME, 1024)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_command_takes_a_name_in_another_world(cache, tmp_path, tokenizer, monkeypatch, family):
+    pipe = families.build(family, tokenizer)
+    pipe.save_pretrained(tmp_path / "model")
+    backbone = DiffusionBackbone(pipe)
+    record = make_record(3, dims=backbone.tap_channels, time=backbone.time_embed_dim)
+    file = released_files.FILES["pose"].format(released_files.FAMILIES[family])
+    monkeypatch.setitem(released_files.SHA256, file, hashlib.sha256(cache(file, record).read_bytes()).hexdigest())
+    control = {"size": [32, 32], "keypoints": [[[k, 31 - k, 1] for k in range(18)]]}
+    (tmp_path / "pose.json").write_text(json.dumps(control))
+    world = [f"world={family}", f"world.backbone.path={tmp_path / 'model'}", "world.backbone.precision=float32"]
+    small = ["world.backbone.variant=null", "images=2", "sampling.num_inference_steps=2", "guidance=released"]
+    overrides = ["head.released=pose", f"control={tmp_path / 'pose.json'}", *world, *small]
+    pictures = sample.sample(compose_sample(*overrides), tmp_path / "run")
+    assert pictures.shape == (2, 3, 32, 32) and (tmp_path / "run" / "grid.png").is_file()
 
 
 @pytest.mark.slow
