@@ -23,11 +23,10 @@ from rg.callbacks import picture_grid, save_figure
 from rg.detectors import KeypointDetector
 from rg.evaluation import CONDITIONS, distances_to, score_images, summarise, table, write_text
 from rg.guidance import GuidanceTerm
-from rg.heads import load_head
 from rg.points import draw_skeletons
 from rg.readout import ReadoutHead
 from rg.runs import clear_errors, point_latest
-from rg.sampling import generate, save_picture, set_scheduler
+from rg.sampling import choose_head, generate, save_picture, set_scheduler
 from rg.shards import Samples, read_shards
 from rg.targets import FixedTarget
 
@@ -44,7 +43,7 @@ class Evaluation:
         if cfg.images < 1:
             raise ValueError(f"images: expected at least 1, got {cfg.images}")
         self.cfg, self.run_dir = cfg, run_dir
-        self.head: ReadoutHead = load_head(cfg.head.path)
+        self.head: ReadoutHead = choose_head(cfg.head, cfg.world.family)
         self.backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
         self.head.check_taps(self.backbone.tap_channels, self.backbone.time_embed_dim, self.backbone.condition_dim)
         self.head.to(self.backbone.device)

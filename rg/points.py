@@ -40,6 +40,21 @@ def rescale(points: Tensor, from_size: Size, to_size: Size) -> Tensor:
     return (points + 0.5) * factor - 0.5
 
 
+def cells(points: Tensor, from_size: Size, to_size: Size) -> Tensor:
+    """(column, row) of the cell of a map of `to_size` in which points (..., 2) of an image lie: integers (..., 2)."""
+    return (rescale(points, from_size, to_size) + 0.5).floor().long()
+
+
+def box_cells(boxes: Tensor, from_size: Size, to_size: Size) -> Tensor:
+    """The cells of a map of `to_size` that boxes of an image touch, as boxes in cells.
+
+    Boxes are (..., 4) of (left, top, right, bottom) counted from the corner, right and bottom exclusive, as PIL crops.
+    """
+    factor = torch.tensor([to_size[1] / from_size[1], to_size[0] / from_size[0]], device=boxes.device)
+    start, stop = boxes[..., :2] * factor, boxes[..., 2:] * factor
+    return torch.cat([start.floor(), stop.ceil()], -1).long()
+
+
 def inside(points: Tensor, size: Size) -> Tensor:
     """Whether each of points (..., 2) lies in an image of `size`: bool (...)."""
     x, y = points.unbind(-1)

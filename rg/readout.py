@@ -99,8 +99,8 @@ class ReadoutHead(LightningModule):
         return self.hparams.prompt
 
     @property
-    def readout_span(self) -> float:
-        """Width of the readout's range of values."""
+    def readout_span(self) -> float | None:
+        """Width of the readout's range of values; None where the latent range factor does not apply."""
         return 1.0
 
     def time_index(self, timesteps: Tensor, num_timesteps: int = 1000) -> Tensor | None:

@@ -12,9 +12,8 @@ from torch import Tensor
 from rg.backbone import DiffusionBackbone
 from rg.callbacks import picture_grid, save_figure
 from rg.guidance import GuidanceTerm
-from rg.heads import load_head
 from rg.runs import clear_errors, point_latest
-from rg.sampling import generate, load_control, save_picture, set_scheduler
+from rg.sampling import choose_head, generate, load_control, save_picture, set_scheduler
 from rg.shards import read_shards
 from rg.targets import FixedTarget
 
@@ -36,7 +35,7 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
     """Writes guided pictures and grid.png into run_dir; returns the pictures (B, 3, H, W) in [-1, 1]."""
     if cfg.images < 1:
         raise ValueError(f"images: expected at least 1, got {cfg.images}")
-    head = load_head(cfg.head.path)
+    head = choose_head(cfg.head, cfg.world.family)
     backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
     head.check_taps(backbone.tap_channels, backbone.time_embed_dim, backbone.condition_dim)
     head.to(backbone.device)

@@ -8,11 +8,15 @@ from typing import Any
 
 import diffusers
 import torch
+from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
+from rg import released
 from rg.guidance import ReadoutGuidance
+from rg.heads import load_head
 from rg.points import KEYPOINTS, Size, rescale
+from rg.readout import ReadoutHead
 
 # Names on the command line, as in the literature.
 SCHEDULERS = {
@@ -24,6 +28,20 @@ SCHEDULERS = {
 }
 # PNDM as Stable Diffusion runs it: without the Runge-Kutta start, which takes twelve more calls of the model.
 SETTINGS = {"pndm": {"skip_prk_steps": True}}
+
+
+def choose_head(choice: DictConfig, family: str) -> ReadoutHead:
+    """The head of a command: `head.released`, one of the authors' by name or file, where it is given, else `head.path`.
+
+    Args:
+        family: the world's family of backbones, for which a released head is taken.
+
+    Raises:
+        FileNotFoundError, ValueError: see rg.released.load and rg.heads.load_head.
+    """
+    if choice.released is not None:
+        return released.load(choice.released, family=family)
+    return load_head(choice.path)
 
 
 def set_scheduler(pipe: Any, name: str) -> None:

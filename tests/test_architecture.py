@@ -30,6 +30,8 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/aggregation.py": ({"rg.points"}, {"torch"}),  # a part of readout
     "rg/readout.py": ({"rg.aggregation", "rg.models"}, {"torch", "lightning", "safetensors"}),
     "rg/heads/*.py": ({"rg.readout", "rg.points", "rg.metrics", "rg.models", "rg.heads"}, ANY),
+    "rg/released.py": ({"rg.heads", "rg.readout", "rg.points", "rg.released_files"}, {"torch"}),
+    "rg/released_files.py": (set(), {"huggingface_hub"}),  # a part of released
     "rg/targets.py": ({"rg.points"}, ANY),
     "rg/guidance.py": (GUIDANCE | MODEL, ANY),
     "rg/guided_step.py": (GUIDANCE | MODEL, ANY),  # this, energies and schedules are parts of guidance

@@ -88,6 +88,9 @@ def test_the_evaluation_continues(place: Path, root: Path, head: Path):
         ("rg.evaluate", ["images=0"], "images"),
         ("rg.sample", ["+experiment=pose_control", "control=missing.png"], "missing.png"),
         ("rg.sample", ["+experiment=pose_control", "scheduler=eular"], "eular"),
+        ("rg.sample", ["+experiment=pose_control", "head.released=pose"], "got 'marionette'"),
+        ("rg.sample", ["+experiment=pose_control", "head.released=poze"], "poze"),
+        ("rg.sample", ["+experiment=pose_control", "head.released=pose", "world.family=sdxl"], "sdxl_spatial_pose.pt"),
     ],
 )
 def test_bad_input_is_one_clear_error(place: Path, root: Path, module: str, overrides: list[str], named: str):

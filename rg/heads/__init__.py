@@ -3,11 +3,17 @@
 import json
 from pathlib import Path
 
+from rg.heads.appearance import AppearanceHead
+from rg.heads.correspondence import CorrespondenceHead
 from rg.heads.spatial import SpatialHead
 from rg.models import locate
 from rg.readout import ReadoutHead
 
-HEADS: dict[str, type[ReadoutHead]] = {"SpatialHead": SpatialHead}
+HEADS: dict[str, type[ReadoutHead]] = {
+    "AppearanceHead": AppearanceHead,
+    "CorrespondenceHead": CorrespondenceHead,
+    "SpatialHead": SpatialHead,
+}
 
 
 def load_head(folder: str | Path) -> ReadoutHead:

@@ -1,0 +1,76 @@
+"""A drag with the library's own parts: a reference recorded once, appearance and correspondence together."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rg.guidance import GuidanceTerm, ReadoutGuidance
+from rg.heads import AppearanceHead, CorrespondenceHead
+from rg.heads.relative import pick
+from rg.hooks import embed_time, taps
+from rg.targets import ReferenceTarget
+
+SOURCE, DESTINATION = torch.tensor([[[1, 2], [5, 3]]]), torch.tensor([[[3, 2], [6, 6]]])
+
+
+@pytest.fixture
+def heads(tiny_pipeline):
+    widths = {"tap_channels": [tap.out_channels for tap in taps(tiny_pipeline().unet).values()], "time_embed_dim": 32}
+    sizes = {"projection_dim": 32, "norm_groups": 2}
+    torch.manual_seed(3)
+    appearance = AppearanceHead(**widths, **sizes)
+    correspondence = CorrespondenceHead(**widths, **sizes, repulsion=0.5, time_convention="none")
+    return [head.eval().requires_grad_(False) for head in (appearance, correspondence)]
+
+
+def authors_loop(pipe, appearance, correspondence, latents, prompt, steps):
+    """Two rows, reference and edited; both branches; AdamW on x_t in the first half; then DDIM from the moved x_t."""
+    unet = pipe.unet.requires_grad_(False)
+    condition, empty = pipe.encode_prompt([prompt] * 2, "cpu", 1, True)
+    condition = torch.cat([empty, condition]).detach()
+    features = []
+    for tap in taps(unet).values():
+        tap.register_forward_hook(lambda _m, _i, output: features.append(output))
+    pipe.scheduler.set_timesteps(steps)
+    x = latents
+    for step, t in enumerate(pipe.scheduler.timesteps):
+        if step < steps // 2:
+            x = x.clone().requires_grad_()
+            optimizer = torch.optim.AdamW([x], lr=2e-2, weight_decay=0.0)
+            features.clear()
+            unet(torch.cat([x, x]), t, condition)
+            span = x[1].detach().max() - x[1].detach().min()
+            look, place = appearance(features, embed_time(unet, t.expand(4))), correspondence(features, None)
+            loss = 0
+            for reference, edited in ((0, 1), (2, 3)):
+                loss = loss + span**2 * (1 - F.cosine_similarity(look[edited], look[reference].detach(), dim=0)).mean()
+                r, o = (F.normalize(place[row], dim=0) for row in (reference, edited))
+                similarity = (1 + torch.einsum("cij,ckl->ijkl", r.detach(), o)) / 2
+                for (x1, y1), (x2, y2) in zip(SOURCE[0], DESTINATION[0], strict=True):
+                    loss = loss - 0.5 * similarity[y1, x1, y2, x2] / 2 + 0.5 * similarity[y1, x1, y1, x1] / 2
+            loss.backward()
+            optimizer.step()
+            x = x.detach()
+        with torch.no_grad():
+            empty_noise, noise = unet(torch.cat([x, x]), t, condition).sample.chunk(2)
+        x = pipe.scheduler.step(empty_noise + 2.0 * (noise - empty_noise), t, x).prev_sample
+    return x
+
+
+def test_a_drag_by_the_preset_is_the_authors_loop(tiny_pipeline, denoise, heads):
+    prompt, steps = "a person", 6
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    expected = authors_loop(tiny_pipeline(), *heads, latents, prompt, steps)
+    look, place = ReferenceTarget(), ReferenceTarget(keep=lambda readout: pick(readout, SOURCE))
+    points = {"source": SOURCE, "destination": DESTINATION}
+    terms = [GuidanceTerm(heads[0], look), GuidanceTerm(heads[1], place, arguments=points)]
+    guidance = ReadoutGuidance.preset("released", terms)
+    pipe = tiny_pipeline()
+    with guidance.record(pipe):
+        reference = denoise(pipe, latents=latents[:1], prompt=prompt, steps=steps)
+    torch.testing.assert_close(reference, expected[:1], rtol=0, atol=1e-5)
+    # Three steps, two branches, 32 channels: a map of 8x8, or the vectors at two points.
+    assert (look.nbytes, place.nbytes) == (4 * 3 * 2 * 32 * 64, 4 * 3 * 2 * 32 * 2)
+    edited = denoise(pipe, guidance, latents=latents[1:], prompt=prompt, steps=steps)
+    torch.testing.assert_close(edited, expected[1:], rtol=0, atol=1e-4)
+    assert (denoise(pipe, latents=latents[1:], prompt=prompt, steps=steps) - edited).abs().max() > 1e-2
