@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import trange
 
 from data_prep.marionette import COLORS, HAIRS, UNSEEN_PAIRS, Stills, render, render_scenes
-from data_prep.marionette.scene import Scene, draw_scene
+from data_prep.marionette.draw import draw_scene
+from data_prep.marionette.scene import Scene
 
 SPLITS = {"samples": 0, "reference": 1, "unseen": 2, "changed": 3}
 CHUNK = 100

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm, trange
 
 from data_prep.marionette import ATTRIBUTES, render, render_scenes
-from data_prep.marionette.scene import draw_scene
+from data_prep.marionette.draw import draw_scene
 from experiments.marionette.pictures import world_id
 from rg.backbone import DiffusionBackbone
 

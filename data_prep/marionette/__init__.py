@@ -12,10 +12,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from data_prep.marionette.draw import draw_scene
 from data_prep.marionette.labels import area_mean, edges, majority
 from data_prep.marionette.people import CAPSULE_INSTANCE, CAPSULE_LABEL, LABELS, Stage, keypoints, set_stage
 from data_prep.marionette.rays import Hits, cast, dot
-from data_prep.marionette.scene import FOCAL, KINDS, VERSION, Pairs, Scene, draw_scene
+from data_prep.marionette.scene import FOCAL, KINDS, VERSION, Pairs, Scene
 from data_prep.marionette.surfaces import Backdrop, backdrop, cast_shadows, light_directions, shade
 from data_prep.marionette.words import ATTRIBUTES, COLORS, GROUNDS, HAIRS, SKIES, SKINS, UNSEEN_PAIRS, VOCABULARY
 

@@ -7,17 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.marionette.body import (
-    CLEAR,
-    KEYPOINT_RADIUS,
-    PARTS,
-    SHOWS,
-    Turn,
-    body_points,
-    palette,
-    stand,
-)
+from data_prep.marionette.body import Turn, body_points, stand
 from data_prep.marionette.camera import Views, place_cameras, to_pixels
+from data_prep.marionette.parts import CLEAR, KEYPOINT_RADIUS, PARTS, SHOWS, palette
 from data_prep.marionette.rays import Capsules, intersect
 from data_prep.marionette.scene import MAX_PEOPLE, MAX_THINGS, POSE, SHAPE, Scene
 from data_prep.marionette.surfaces import PLAIN, Paint, paint_part, paint_thing

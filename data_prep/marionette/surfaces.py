@@ -7,8 +7,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from data_prep.marionette.body import Part
 from data_prep.marionette.camera import Views
+from data_prep.marionette.parts import Part
 from data_prep.marionette.rays import NEAR, Capsules, box, directions, dot, fragments, intersect
 from data_prep.marionette.scene import FOCAL, Person, Scene, Thing
 from data_prep.marionette.words import COLORS, GROUNDS, SKIES, Rgb

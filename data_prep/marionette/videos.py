@@ -10,8 +10,9 @@ from torch import Tensor
 
 from data_prep.marionette import KINDS, Stills, render_scenes
 from data_prep.marionette.camera import to_pixels
+from data_prep.marionette.draw import draw_pose, draw_scene
 from data_prep.marionette.people import CAPSULE_INSTANCE, Stage, first_depth, set_stage
-from data_prep.marionette.scene import FOCAL, Camera, Person, Scene, draw_pose, draw_scene
+from data_prep.marionette.scene import FOCAL, Camera, Person, Scene
 from rg.points import inside
 
 BEAT = 16  # frames from one drawn pose to the next

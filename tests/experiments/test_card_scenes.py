@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data_prep.marionette import UNSEEN_PAIRS
-from data_prep.marionette.scene import draw_scene
+from data_prep.marionette.draw import draw_scene
 from experiments.card_scenes import CHANGED, held_out, is_unseen, recolor, recolored_pairs, render_chunks
 
 

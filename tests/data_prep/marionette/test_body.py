@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from data_prep.marionette.body import LOWEST, MIDLINE, PAIRED, PARTS, SHOWS, palette, stand, turn
+from data_prep.marionette.body import stand, turn
+from data_prep.marionette.parts import LOWEST, MIDLINE, PAIRED, PARTS, SHOWS, palette
 from data_prep.marionette.people import PEOPLE_PARTS, set_stage
 from data_prep.marionette.words import COLORS, HAIRS, SKINS
 from rg.points import KEYPOINTS

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.marionette.body import CLEAR, KEYPOINT_RADIUS, PARTS
+from data_prep.marionette.draw import draw_scene
+from data_prep.marionette.parts import CLEAR, KEYPOINT_RADIUS, PARTS
 from data_prep.marionette.people import (
     CAPSULE_INSTANCE,
     CAPSULE_LABEL,
@@ -16,7 +17,7 @@ from data_prep.marionette.people import (
     keypoints,
     set_stage,
 )
-from data_prep.marionette.scene import Camera, Thing, draw_scene
+from data_prep.marionette.scene import Camera, Thing
 from rg.points import KEYPOINTS
 
 PELVIS = 0.06 + 0.82  # of an average person who stands upright

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from data_prep.marionette.draw import draw_scene
 from data_prep.marionette.people import set_stage
 from data_prep.marionette.rays import (
     NEAR,
@@ -17,7 +18,7 @@ from data_prep.marionette.rays import (
     nearest,
     normals,
 )
-from data_prep.marionette.scene import FOCAL, draw_scene
+from data_prep.marionette.scene import FOCAL
 
 
 def vector(*values):

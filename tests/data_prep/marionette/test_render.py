@@ -8,9 +8,10 @@ import torch
 
 from data_prep.marionette import KINDS, LABELS, UNSEEN_PAIRS, Stills, render
 from data_prep.marionette.camera import to_pixels
+from data_prep.marionette.draw import draw_scene
 from data_prep.marionette.labels import edges
 from data_prep.marionette.people import set_stage
-from data_prep.marionette.scene import Camera, Thing, draw_scene
+from data_prep.marionette.scene import Camera, Thing
 from data_prep.marionette.surfaces import backdrop
 from rg.points import KEYPOINTS
 

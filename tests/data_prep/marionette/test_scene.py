@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from data_prep.marionette.camera import to_pixels
+from data_prep.marionette.draw import draw_scene
 from data_prep.marionette.people import keypoints, set_stage
-from data_prep.marionette.scene import KINDS, PATTERNS, POSE, SHAPE, THING_COUNTS, THINGS, Camera, draw_scene
+from data_prep.marionette.scene import KINDS, PATTERNS, POSE, SHAPE, THING_COUNTS, THINGS, Camera
 from data_prep.marionette.words import COLORS, GROUNDS, HAIRS, LENGTHS, SKIES, SKINS, UNSEEN_PAIRS
 from rg.points import KEYPOINTS, inside
 

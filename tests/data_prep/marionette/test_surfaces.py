@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data_prep.marionette.body import PARTS, palette, stand
+from data_prep.marionette.body import stand
 from data_prep.marionette.camera import to_pixels
+from data_prep.marionette.draw import draw_scene
+from data_prep.marionette.parts import PARTS, palette
 from data_prep.marionette.people import CAPSULE_INSTANCE, set_stage
 from data_prep.marionette.rays import directions
-from data_prep.marionette.scene import FOCAL, Camera, Thing, draw_scene
+from data_prep.marionette.scene import FOCAL, Camera, Thing
 from data_prep.marionette.surfaces import (
     CLOTH_CONTRAST,
     SHADOWLESS,

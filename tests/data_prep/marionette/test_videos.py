@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from data_prep.marionette import Stills, render_scenes
-from data_prep.marionette.body import PARTS
+from data_prep.marionette.draw import draw_scene
+from data_prep.marionette.parts import PARTS
 from data_prep.marionette.people import set_stage
-from data_prep.marionette.scene import draw_scene
 from data_prep.marionette.videos import BEAT, Videos, _follow, draw_video, render_videos
 from rg.points import inside
 

@@ -4,7 +4,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from data_prep.marionette import KINDS, VOCABULARY
-from data_prep.marionette.scene import draw_scene
+from data_prep.marionette.draw import draw_scene
 from experiments.marionette.tokenizer import END, START, learn_merges, make_tokenizer, merged
 
 
