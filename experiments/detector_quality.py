@@ -32,7 +32,7 @@ def make_held_out(backbone: DiffusionBackbone, seed: int, split: str, count: int
     """`count` renders of each kind, the same through the autoencoder, and as many pictures without a person."""
     side, kinds = backbone.resolution[0], []
     for kind in ("one", "two", "portrait"):
-        renders, keypoints, _ = render_pictures(seed, split, count, side=side, kinds={kind: 1.0})
+        renders, keypoints, *_ = render_pictures(seed, split, count, side=side, kinds={kind: 1.0})
         people = 2 if kind == "two" else 1
         kinds.append((renders, through_autoencoder(renders, backbone), keypoints[:, :people]))
     return HeldOut(*kinds, make_empty(seed, split, kinds[0][0], backbone, Generator().manual_seed(seed)))

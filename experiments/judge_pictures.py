@@ -24,6 +24,7 @@ CHUNK = 100
 # Every so many pictures have colours that the embedded model never sees together: a judge sees all pairs alike.
 UNSEEN_EVERY = 8
 NOBODY = (1e6, 1e6)  # a place on the ground that no camera sees
+SECOND_PERSON = 32  # more than there are LABELS
 
 
 class Pictures(NamedTuple):
@@ -31,11 +32,13 @@ class Pictures(NamedTuple):
 
     image: (N, 3, H, W) uint8, with people. keypoints: (N, P, 18, 3), (x, y, visible) in pixels, all 0 if absent.
     classes: (N, A) int64, the number of each attribute's class in ATTRIBUTES, -1 where it does not apply.
+    parts: (N, H, W) uint8, numbers in LABELS, those of the second person from SECOND_PERSON on.
     """
 
     image: Tensor
     keypoints: Tensor
     classes: Tensor
+    parts: Tensor
 
 
 def class_numbers(attributes: Sequence[Mapping[str, str]]) -> Tensor:
@@ -57,7 +60,8 @@ def render_pictures(
             if len(chosen):
                 seeds = [(seed, SPLITS[split], index) for index in chosen.tolist()]
                 stills = render(seeds, resolution=side, kinds=kinds, pairs=pairs, device=device)
-                parts.append((chosen, stills.image, stills.keypoints, class_numbers(stills.attributes)))
+                shown = stills.parts + SECOND_PERSON * (stills.instances == 2).to(torch.uint8)
+                parts.append((chosen, stills.image, stills.keypoints, class_numbers(stills.attributes), shown))
     order, *columns = (torch.cat(column) for column in zip(*parts, strict=True))
     return Pictures(*(column[order.argsort()] for column in columns))
 
@@ -115,7 +119,7 @@ def load_training_pictures(backbone: DiffusionBackbone, settings: Mapping[str, A
         settings: seed, pictures (how many) and cache (a folder); other pictures get other files.
     """
     seed, count = settings["seed"], settings["pictures"]
-    name = repr((seed, count, KINDS, LATENT_NOISE, world_id(seed), backbone.autoencoder_id))
+    name = repr((Pictures._fields, seed, count, KINDS, LATENT_NOISE, world_id(seed), backbone.autoencoder_id))
     path = Path(settings["cache"]) / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
     if not path.is_file():
         pictures, empty = make_training_pictures(backbone, seed, count)

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Generator, Tensor
 
-from data_prep.marionette import ATTRIBUTES, KINDS
+from data_prep.marionette import ATTRIBUTES, KINDS, LABELS
 from experiments.augmentation import degrade, is_mirrored, jitter, warp
-from experiments.judge_pictures import Pictures, from_bytes, render_pictures, through_autoencoder
+from experiments.judge_pictures import SECOND_PERSON, Pictures, from_bytes, render_pictures, through_autoencoder
 from experiments.judge_training import describe, train, write_card
 from rg.backbone import DiffusionBackbone
-from rg.classifier import SECOND, AttributeClassifier
+from rg.classifier import PATCH, SECOND, AttributeClassifier
+from rg.finder import crop
 
 JITTER = {"turn": 0.1, "zoom": 0.1, "shift": 0.1}
 WORSE = {"blur": 0.5, "light": 0.1, "offset": 0.05, "noise": 0.06}
@@ -25,14 +26,51 @@ _PARTNERS = [name.removeprefix(SECOND) if name.startswith(SECOND) else SECOND + 
 MIRROR = [NAMES.index(partner if partner in NAMES else name) for name, partner in zip(NAMES, _PARTNERS, strict=True)]
 
 
-def draw_batch(pictures: Pictures, size: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """A batch of `size` varied images in [-1, 1] and the numbers of their classes (size, A), see Pictures."""
+# The parts that an attribute can be read from; one that is not named here the whole picture tells.
+SEEN_ON: dict[str, tuple[str, ...]] = {
+    "sky": ("sky",),
+    "ground": ("ground",),
+    "shirt": ("trunk", "right_upper_arm", "left_upper_arm"),
+    "trousers": ("hips", "right_thigh", "left_thigh", "right_shin", "left_shin"),
+    **dict.fromkeys(("hat", "glasses", "hair", "hair_length"), ("face", "hair", "hat", "glasses")),
+}
+ATTENTION_WEIGHT = 0.2  # of the loss of attention that looks elsewhere
+
+
+def attribute_masks(parts: Tensor) -> Tensor:
+    """Where each attribute can be read: parts (N, H, W) uint8, see Pictures, -> (N, A, H, W) bool."""
+    table = torch.zeros(2 * SECOND_PERSON, len(NAMES), dtype=torch.bool)
+    for i, name in enumerate(NAMES):
+        first = SECOND_PERSON if name.startswith(SECOND) else 0
+        table[[first + LABELS.index(part) for part in SEEN_ON.get(name.removeprefix(SECOND), ())], i] = True
+    return table[parts.int()].movedim(-1, 1)
+
+
+def draw_batch(pictures: Pictures, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of `size` varied images in [-1, 1], the numbers of their classes (size, A), see Pictures, and masks.
+
+    Masks (size, A, H / PATCH, W / PATCH) in [0, 1] say where the classifier's cells show each attribute.
+    """
     chosen = torch.randint(len(pictures.image), (size,), generator=generator)
     images, classes = from_bytes(pictures.image[chosen]), pictures.classes[chosen]
-    matrices = jitter(size, generator, **JITTER)
-    images, _ = warp(images, pictures.keypoints[chosen], matrices, images.shape[-1])
+    matrices, side = jitter(size, generator, **JITTER), images.shape[-1]
+    images, _ = warp(images, pictures.keypoints[chosen], matrices, side)
+    masks = crop(attribute_masks(pictures.parts[chosen]).float(), matrices, side // PATCH)
     exchanged = is_mirrored(matrices) & (classes[:, NAMES.index("people")] == 1)
-    return degrade(images, generator, **WORSE), torch.where(exchanged[:, None], classes[:, MIRROR], classes)
+    classes = torch.where(exchanged[:, None], classes[:, MIRROR], classes)
+    masks = torch.where(exchanged[:, None, None, None], masks[:, MIRROR], masks)
+    return degrade(images, generator, **WORSE), classes, masks
+
+
+def attention_loss(maps: Tensor, masks: Tensor) -> Tensor:
+    """Mean of the negative logarithm of how much of each attribute's attention (B, A, h, w) its mask holds.
+
+    What a picture does not show has an empty mask, and does not count.
+    """
+    masks = masks.to(maps.device)
+    shown = masks.flatten(2).amax(-1) > 0.5
+    held = (maps * masks).sum((2, 3)).clamp_min(1e-6)
+    return -(held.log() * shown).sum() / shown.sum().clamp_min(1)
 
 
 def classification_loss(logits: dict[str, Tensor], classes: Tensor) -> Tensor:
@@ -92,10 +130,11 @@ def run(settings: dict[str, Any]) -> str:
     classifier = AttributeClassifier(attributes=ATTRIBUTES, widths=settings["widths"]).to(device)
 
     def loss(network: AttributeClassifier, pictures: Pictures, empty: Tensor, generator: Generator) -> Tensor:
-        images, classes = draw_batch(pictures, settings["batch_size"], generator)
+        images, classes, masks = draw_batch(pictures, settings["batch_size"], generator)
         with torch.autocast(device.type, torch.bfloat16):
-            logits = network(images.to(device))
-        return classification_loss(logits, classes)
+            maps, values, overview = network.attention(images.to(device))
+            logits = network.answer(maps, values, overview)
+        return classification_loss(logits, classes) + ATTENTION_WEIGHT * attention_loss(maps, masks)
 
     folder = Path(settings["output"])
     train(classifier, loss, backbone, settings).save_pretrained(folder)

@@ -67,7 +67,10 @@ class AttributeClassifier(Hourglass):
         Raises:
             ValueError: images of another shape.
         """
-        maps, values, overview = self.attention(images)
+        return self.answer(*self.attention(images))
+
+    def answer(self, maps: Tensor, values: Tensor, overview: Tensor) -> dict[str, Tensor]:
+        """The logits of what `attention` returns."""
         seen = maps.to(values.dtype).flatten(2) @ values.flatten(2).mT
         seen = torch.cat([seen, overview[:, None].expand(-1, seen.shape[1], -1)], -1)
         return {name: head(seen[:, i]).float() for i, (name, head) in enumerate(self.heads.items())}

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 
-from data_prep.marionette import ATTRIBUTES, UNSEEN_PAIRS, render
+from data_prep.marionette import ATTRIBUTES, LABELS, UNSEEN_PAIRS, render
 from experiments.judge_pictures import (
     KINDS,
+    SECOND_PERSON,
     class_numbers,
     from_bytes,
     load_training_pictures,
@@ -40,6 +41,15 @@ def test_splits_and_pictures_are_reproducible_and_differ() -> None:
     stills = render([(3, 0, index) for index in range(3)], resolution=32, kinds=ONE)
     assert torch.equal(first.image, stills.image) and torch.equal(first.keypoints, stills.keypoints)
     assert torch.equal(first.classes, class_numbers(stills.attributes))
+    assert first.parts.dtype == torch.uint8 and torch.equal(first.parts, stills.parts)
+
+
+def test_parts_of_the_second_person_have_numbers_of_their_own() -> None:
+    two = {"two": 1.0}
+    stills, pictures = render([(3, 0, 0)], resolution=32, kinds=two), render_pictures(3, "train", 1, side=32, kinds=two)
+    second = pictures.parts >= SECOND_PERSON
+    assert torch.equal(second, stills.instances == 2) and second.any()
+    assert len(LABELS) <= SECOND_PERSON and torch.equal(pictures.parts % SECOND_PERSON, stills.parts)
 
 
 def test_every_eighth_picture_has_colours_never_seen_together() -> None:

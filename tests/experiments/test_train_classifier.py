@@ -4,9 +4,18 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.marionette import ATTRIBUTES
-from experiments.judge_pictures import Pictures, render_pictures
-from experiments.train_classifier import MIRROR, NAMES, accuracy, classification_loss, draw_batch, run
+from data_prep.marionette import ATTRIBUTES, LABELS
+from experiments.judge_pictures import SECOND_PERSON, Pictures, render_pictures
+from experiments.train_classifier import (
+    MIRROR,
+    NAMES,
+    accuracy,
+    attention_loss,
+    attribute_masks,
+    classification_loss,
+    draw_batch,
+    run,
+)
 from rg.classifier import AttributeClassifier
 
 ROOT = Path(__file__).parents[2]
@@ -30,14 +39,38 @@ def test_batch_exchanges_the_attributes_of_two_people_with_their_places() -> Non
     classes[:, NAMES.index("people")] = torch.tensor([1, 0])
     bright = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     bright[..., :32] = 255
-    pictures = Pictures(bright, torch.zeros(2, 2, 18, 3), classes)
-    images, found = draw_batch(pictures, 32, torch.Generator().manual_seed(0))
+    parts = torch.full((2, 64, 64), LABELS.index("trunk"), dtype=torch.uint8)
+    parts[..., 32:] += SECOND_PERSON
+    pictures = Pictures(bright, torch.zeros(2, 2, 18, 3), classes, parts)
+    images, found, masks = draw_batch(pictures, 32, torch.Generator().manual_seed(0))
     assert images.shape == (32, 3, 64, 64) and images.abs().max() <= 1
     mirrored = images[..., 32:].mean((1, 2, 3)) > images[..., :32].mean((1, 2, 3))
     two = found[:, NAMES.index("people")] == 1
     shirt, other = (found[:, NAMES.index(name)] for name in ("shirt", "second_shirt"))
     assert torch.equal(shirt > other, mirrored & two)
     assert len({*zip(mirrored.tolist(), two.tolist(), strict=True)}) == 4
+    # The left one of two people is on the left also after mirroring; one person is the same one on either side.
+    assert masks.shape == (32, len(NAMES), 32, 32)
+    left = masks[:, NAMES.index("shirt"), :, :16].mean((1, 2)) > 0.6
+    assert torch.equal(left, two | ~mirrored)
+
+
+def test_attributes_are_seen_on_their_parts() -> None:
+    codes = [LABELS.index("hair"), LABELS.index("hips") + SECOND_PERSON, LABELS.index("ground"), LABELS.index("thing")]
+    masks = attribute_masks(torch.tensor(codes, dtype=torch.uint8).view(1, 2, 2))
+    assert masks.shape == (1, len(NAMES), 2, 2)
+    seen = {name: mask.flatten().tolist() for name, mask in zip(NAMES, masks[0], strict=True) if mask.any()}
+    assert seen == {
+        **{name: [True, False, False, False] for name in ("hat", "glasses", "hair", "hair_length")},
+        "second_trousers": [False, True, False, False],
+        "ground": [False, False, True, False],
+    }
+
+
+def test_attention_must_stay_on_what_is_shown() -> None:
+    maps = torch.tensor([0.5, 0.25, 0.25, 0.0]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    masks = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]).view(1, 3, 2, 2)
+    torch.testing.assert_close(attention_loss(maps, masks), torch.tensor(8.0).log() / 2)
 
 
 def test_loss_counts_what_applies() -> None:
