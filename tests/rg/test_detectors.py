@@ -126,7 +126,7 @@ def test_bad_input_is_refused(detector: KeypointDetector, tmp_path: Path) -> Non
 
 
 def test_shipped_detector_is_small_and_sees_nobody_in_noise() -> None:
-    assert (SHIPPED / "model.safetensors").stat().st_size < 2_000_000
+    assert (SHIPPED / "model.safetensors").stat().st_size < 2_500_000
     detector = KeypointDetector.from_pretrained(SHIPPED)
     assert not detector.detect(pictures(8)).present.any()
     assert not detector.detect(torch.linspace(-1, 1, 8)[:, None, None, None].expand(8, 3, 64, 64)).present.any()
