@@ -48,21 +48,20 @@ class KeypointDetector(Hourglass):
         threshold: score from which on a person counts as present, in [0, 1].
     """
 
-    def __init__(self, *, widths: Sequence[int], threshold: float, finder_widths: Sequence[int] | None = None) -> None:
+    def __init__(self, *, widths: Sequence[int], finder_widths: Sequence[int], threshold: float) -> None:
         super().__init__(widths, 4)
         if not 0 <= threshold <= 1:
             raise ValueError(f"expected a threshold in [0, 1], got {threshold}: change `threshold`")
         self.threshold = threshold
         self.maps = nn.Conv2d(widths[0], 4 * len(KEYPOINTS), 1)
         self.absent = nn.Linear(widths[2], len(KEYPOINTS))
-        # Without one, the whole picture is the only box.
-        self.finder = PersonFinder(widths=finder_widths) if finder_widths else None
+        self.finder = PersonFinder(widths=finder_widths)
 
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        finder = {"finder_widths": list(self.finder.widths)} if self.finder else {}
-        return {"widths": list(self.widths), "threshold": self.threshold, **finder}
+        widths = {"widths": list(self.widths), "finder_widths": list(self.finder.widths)}
+        return {**widths, "threshold": self.threshold}
 
     def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
         """Scores every cell, and absence, for every keypoint; one softmax over a keypoint's scores is its distribution.
@@ -91,7 +90,7 @@ class KeypointDetector(Hourglass):
     def detect(self, images: Tensor, people: int = 1) -> Detection:
         """Finds the keypoints of up to `people` people in images (B, 3, H, W) in [-1, 1], sides multiples of 16."""
         size = (images.shape[-2], images.shape[-1])
-        boxes, scores = self._boxes(images, people)
+        boxes, scores = self.finder.find(images, people)
         matrices = crop_matrices(boxes.flatten(0, 1), size)
         cells = self.probabilities(crop(images.repeat_interleave(people, 0), matrices, CROP))
         points = from_crops(peaks(cells, (CROP, CROP))[0], matrices, size, CROP).unflatten(0, (-1, people))
@@ -102,13 +101,6 @@ class KeypointDetector(Hourglass):
         score, order = (scores * clear.clamp_max(1)).sort(dim=1, descending=True, stable=True)
         rows = torch.arange(len(images), device=images.device)[:, None]
         return Detection(points[rows, order], confidence[rows, order], score, score >= self.threshold)
-
-    def _boxes(self, images: Tensor, people: int) -> tuple[Tensor, Tensor]:
-        if self.finder:
-            return self.finder.find(images, people)
-        height, width = images.shape[-2:]
-        whole = images.new_tensor([(width - 1) / 2, (height - 1) / 2, width / 1.25, height / 1.25])
-        return whole.expand(len(images), people, 4), torch.ones(len(images), people, device=images.device)
 
 
 def _softmax(cells: Tensor, absent: Tensor) -> Tensor:
