@@ -1,8 +1,7 @@
 """The scenes that the model card asks for: held-out ones, and pairs that differ in one colour word."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
-from itertools import chain
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +32,7 @@ def held_out(seed: int, split: str, count: int, *, resolution: int, **arguments:
     """The first renders of a split; further arguments as of `render`."""
     seeds = [(seed, SPLITS[split], i) for i in range(count)]
     starts = trange(0, count, CHUNK, desc=f"rendering {split}", unit_scale=CHUNK)
-    return _join([render(seeds[i : i + CHUNK], resolution=resolution, **arguments) for i in starts])
+    return Stills.join([render(seeds[i : i + CHUNK], resolution=resolution, **arguments) for i in starts])
 
 
 def render_chunks(scenes: Sequence[Scene], resolution: int) -> Tensor:
@@ -73,8 +72,3 @@ def recolor(scene: Scene, name: str, rng: Generator) -> Scene | None:
 def is_unseen(identity: Mapping[str, Any]) -> bool:
     """Whether shirt and trousers are of colours that are never together in training."""
     return UNSEEN_PAIRS[identity["shirt"]] == identity["trousers"]
-
-
-def _join(parts: Sequence[Stills]) -> Stills:
-    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Stills)}
-    return Stills(**{n: torch.cat(c) if isinstance(c[0], Tensor) else [*chain(*c)] for n, c in columns.items()})

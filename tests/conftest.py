@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from rg.guidance import ReadoutGuidance
 from rg.heads import SpatialHead
 from rg.hooks import taps
+from tests.families import make_schedule
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,16 +98,7 @@ def tiny_pipeline(tokenizer: CLIPTokenizer) -> Callable[..., StableDiffusionPipe
     def build(
         *, scheduler: type[SchedulerMixin] = DDIMScheduler, prediction_type: str = "epsilon", seed: int = 0
     ) -> StableDiffusionPipeline:
-        schedule = DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-            timestep_spacing="leading",
-            prediction_type=prediction_type,
-        )
+        schedule = make_schedule(prediction_type)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             unet, vae, text_encoder = _unet(), _autoencoder(), _text_encoder(tokenizer)

@@ -43,6 +43,20 @@ MODELS = ("sd15", "sd21", "sdxl")
 TEXT_WIDTH = {"sd15": 8, "sd21": 12, "sdxl": 8}
 
 
+def make_schedule(prediction_type: str) -> DDIMScheduler:
+    """Stable Diffusion's noise levels."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+        prediction_type=prediction_type,
+    )
+
+
 def build(
     family: str,
     tokenizer: CLIPTokenizer,
@@ -61,16 +75,7 @@ def build(
         if "adapter" in family:
             size = {"downscale_factor": 8, "adapter_type": "full_adapter_xl"} if model == "sdxl" else {}
             parts["adapter"] = T2IAdapter(channels=[8, 16], num_res_blocks=1, **{"downscale_factor": 4} | size)
-    schedule = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="leading",
-        prediction_type="v_prediction" if model == "sd21" else "epsilon",
-    )
+    schedule = make_schedule("v_prediction" if model == "sd21" else "epsilon")
     if model != "sdxl":
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = getattr(diffusers, kind)(**parts, scheduler=scheduler.from_config(schedule.config))

@@ -110,7 +110,7 @@ def render_scenes(
     owner = torch.zeros_like(inverse, dtype=torch.uint8)
     part = scenery.ground.to(torch.uint8)
     image[:, hits.ray] = _color_hits(stage, hits, stage.views.turn(light).float(), brightness, side)
-    # A thing far off may stand behind the crest of the ground; nothing lies below the ground.
+    # What reaches below the ground (rocks, bushes, soles) is drawn over it: an error of a pixel or two per picture.
     inverse[hits.ray], owner[hits.ray], part[hits.ray] = 1 / hits.depth, instance.to(torch.uint8), kind.to(torch.uint8)
     image, inverse, owner, part = (
         cells.unflatten(-1, (len(scenes), side, side)).cpu() for cells in (image, inverse, owner, part)

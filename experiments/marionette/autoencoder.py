@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Generator, Tensor
 
-from experiments.detector_pictures import from_bytes, to_bytes
+from experiments.judge_pictures import from_bytes, to_bytes
 from experiments.marionette.files import Outcome, is_done, save, write_note
 from experiments.marionette.pictures import Pictures
 from experiments.marionette.reconstruction import encode, quality, write_grid

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from experiments.detector_pictures import from_bytes
+from experiments.judge_pictures import from_bytes
 
 CHUNK = 100
 

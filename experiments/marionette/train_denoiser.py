@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from transformers import CLIPTokenizer
 
 from data_prep.marionette import VOCABULARY
-from experiments.detector_pictures import to_bytes
+from experiments.judge_pictures import to_bytes
 from experiments.marionette.denoiser import Denoiser, loss_of, make_scheduler, tokenize
 from experiments.marionette.files import Outcome, fingerprint, is_done, write_note
 from experiments.marionette.reconstruction import write_grid

@@ -8,6 +8,7 @@ from rg.guidance import GuidanceTerm, ReadoutGuidance
 from rg.heads import AppearanceHead, CorrespondenceHead
 from rg.heads.relative import pick
 from rg.hooks import embed_time, taps
+from rg.targets import ReferenceTarget
 
 POINTS = {"source": torch.tensor([[[1, 2], [5, 3]]]), "destination": torch.tensor([[[3, 2], [6, 6]]])}
 
@@ -100,3 +101,21 @@ def test_a_drag_by_the_preset_is_the_authors_loop(tiny_pipeline, denoise, heads)
     torch.testing.assert_close(edited, expected[1:], rtol=0, atol=1e-4)
     plain = denoise(pipe, latents=latents[1:], **settings)
     assert (plain - edited).abs().max() > 1e-2
+
+
+def test_a_drag_by_a_recorded_reference_is_the_authors_loop(tiny_pipeline, denoise, heads):
+    prompt, steps = "a person", 6
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    expected = theirs(tiny_pipeline(), *heads, latents, prompt, steps)
+    look, place = ReferenceTarget(), ReferenceTarget(keep=lambda readout: pick(readout, POINTS["source"]))
+    terms = [GuidanceTerm(heads[0], look), GuidanceTerm(heads[1], place, arguments=POINTS)]
+    guidance = ReadoutGuidance.preset("released", terms)
+    pipe = tiny_pipeline()
+    with guidance.record(pipe):
+        reference = denoise(pipe, latents=latents[:1], prompt=prompt, steps=steps)
+    torch.testing.assert_close(reference, expected[:1], rtol=0, atol=1e-5)
+    # Three steps, two branches, 32 channels: a map of 8x8, or the vectors at two points.
+    assert (look.nbytes, place.nbytes) == (4 * 3 * 2 * 32 * 64, 4 * 3 * 2 * 32 * 2)
+    edited = denoise(pipe, guidance, latents=latents[1:], prompt=prompt, steps=steps)
+    torch.testing.assert_close(edited, expected[1:], rtol=0, atol=1e-4)
+    assert (denoise(pipe, latents=latents[1:], prompt=prompt, steps=steps) - edited).abs().max() > 1e-2
