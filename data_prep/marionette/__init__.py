@@ -104,13 +104,15 @@ def render_scenes(
     stage, light = _move(stage, torch.device(device)), light.to(device)
     scenery: Backdrop = backdrop(scenes, stage.views, cast_shadows(stage.world, stage.views, light, side), side)
     hits = cast(stage.seen, side, FOCAL)
+    # Of what stands in the ground (rocks, bushes, soles) the part above it is seen.
+    above = hits.depth < scenery.depth[hits.ray]
+    hits = Hits(*(getattr(hits, field.name)[..., above] for field in fields(hits)))
     kind, instance = (table.to(device)[hits.capsule % len(table)] for table in (CAPSULE_LABEL, CAPSULE_INSTANCE))
 
     image, inverse = scenery.color, 1 / scenery.depth
     owner = torch.zeros_like(inverse, dtype=torch.uint8)
     part = scenery.ground.to(torch.uint8)
     image[:, hits.ray] = _color_hits(stage, hits, stage.views.turn(light).float(), brightness, side)
-    # What reaches below the ground (rocks, bushes, soles) is drawn over it: an error of a pixel or two per picture.
     inverse[hits.ray], owner[hits.ray], part[hits.ray] = 1 / hits.depth, instance.to(torch.uint8), kind.to(torch.uint8)
     image, inverse, owner, part = (
         cells.unflatten(-1, (len(scenes), side, side)).cpu() for cells in (image, inverse, owner, part)

@@ -14,7 +14,7 @@ from data_prep.marionette.words import (
     read_person,
 )
 
-VERSION = 2  # of the world: another number means other pictures for the same seeds
+VERSION = 3  # of the world: another number means other pictures for the same seeds
 
 Range = tuple[float, float]
 Pairs = Literal["seen", "unseen"]

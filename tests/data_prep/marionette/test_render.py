@@ -172,7 +172,6 @@ def test_another_shirt_changes_nothing_but_that_shirt(shoot, who):
         assert before.attributes[0] | {key: color} == after.attributes[0]
 
 
-@pytest.mark.xfail(reason="hits below the ground are painted over it", strict=True)
 @pytest.mark.parametrize(("kind", "height"), [("rock", 0.3), ("bush", 0.6)])
 def test_what_lies_below_the_ground_is_not_seen(scene, person, shoot, kind, height):
     """A sphere that is sunk ends where the ground cuts it, and not where its lowest ray would meet it."""
