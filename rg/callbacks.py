@@ -95,6 +95,6 @@ class MixingWeights(_Figures):
         weights = head.aggregation.mixing_weights.detach().softmax(0).tolist()
         figure, axis = plt.subplots(figsize=(4, 2.2))
         axis.bar(range(len(weights)), weights)
-        axis.set_xlabel("tap, coarse to fine")
+        axis.set_xlabel("tap")
         axis.set_ylabel("mixing weight")
         self._publish(trainer, "mixing_weights", figure)

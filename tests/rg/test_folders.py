@@ -39,8 +39,9 @@ def test_a_backbone_of_every_model_loads_and_runs(folders, tokenizer, model, pre
     assert isinstance(backbone.pipeline.scheduler, DDIMScheduler)
     assert backbone.pipeline.scheduler.config.prediction_type == ("v_prediction" if model == "sd21" else "epsilon")
     assert backbone.denoiser.dtype == getattr(torch, precision) and backbone.vae.dtype == torch.float32
-    assert (backbone.resolution, backbone.latent_size, backbone.tap_channels) == ((32, 32), (8, 8), [16, 16, 8, 8])
-    assert backbone.condition_dim == {"sd15": 8, "sd21": 12, "sdxl": 16}[model]
+    taps = [24, 24, 24] if model == "pixart" else [16, 16, 8, 8]
+    assert (backbone.resolution, backbone.latent_size, backbone.tap_channels) == ((32, 32), (8, 8), taps)
+    assert backbone.condition_dim == {"sd15": 8, "sd21": 12, "sdxl": 16, "pixart": 10}[model]
     for name in ("text_encoder", "text_encoder_2"):
         module = getattr(backbone.pipeline, name, None)
         assert module is None or not (module.training or any(p.requires_grad for p in module.parameters()))
@@ -133,7 +134,7 @@ def test_a_pipeline_without_the_taps_is_named(tmp_path, tokenizer):
         num_attention_heads=2, attention_head_dim=8, sample_size=8, num_layers=1, norm_num_groups=4
     )
     DiTPipeline(transformer, build("sd15", tokenizer).vae, DDIMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"expected one with a U-Net as pipe.unet, got a DiTPipeline"):
+    with pytest.raises(ValueError, match=r"expected a U-Net as pipe.unet .* or PixArt's .*, got a DiTPipeline"):
         DiffusionBackbone.from_pretrained(str(tmp_path))
 
 
