@@ -10,7 +10,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from rg.denoisers import as_map, check_sample, taps
+from rg.denoisers import as_map, check_sample, is_transformer, taps
 
 HOOK_NAME = "readout_guidance"
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -88,8 +88,9 @@ class _DenoiserHook(ModelHook):
             raise TypeError("a guided denoiser takes keyword arguments after (sample, timestep)")
         return_dict = kwargs.pop("return_dict", True)
         check_sample(module, sample)
-        # Pipelines give every row the same time: once to a U-Net, to a transformer row by row.
-        timestep = torch.as_tensor(timestep, device=sample.device).flatten()[0]
+        timestep = torch.as_tensor(timestep, device=sample.device)
+        if is_transformer(module):
+            timestep = timestep.flatten()[0]  # PixArt's pipelines repeat it for every row
 
         def forward(sample: Tensor, timestep: Tensor, **inputs: Any) -> Any:
             return self.fn_ref.original_forward(sample, timestep=timestep.expand(len(sample)), **inputs)

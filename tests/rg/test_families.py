@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
 from rg.backbone import DiffusionBackbone
 from rg.denoisers import denoiser_of
 from rg.guidance import GuidanceTerm, ReadoutGuidance
+from rg.heads import SpatialHead
 from rg.hooks import predict, take_rows
 from rg.schedules import alpha_bar
 from rg.targets import FixedTarget
@@ -224,6 +225,40 @@ def test_the_pipelines_own_arguments_keep_their_meaning(tokenizer, family, argum
     for branch in ("uncond", "cond", "both"):
         guidance = ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=0.0, branch=branch)
         torch.testing.assert_close(denoise(pipe, family, guidance, **arguments), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pose_head_learns_on_a_saved_transformer_and_guides_it(tokenizer, poses, tmp_path):
+    build("pixart", tokenizer).save_pretrained(tmp_path / "model")
+    backbone = DiffusionBackbone.from_pretrained(str(tmp_path / "model"), device="cpu")
+    torch.manual_seed(0)
+    head = SpatialHead(
+        variant="keypoints",
+        **{name: getattr(backbone, name) for name in ("tap_channels", "time_embed_dim", "condition_dim")},
+        **{"projection_dim": 16, "norm_groups": 2, "hidden_channels": 8, "output_scale": 2, "learning_rate": 1e-2},
+    ).attach_backbone(backbone)
+    samples = {"keypoints": poses(4), "label": torch.zeros(4, 3, 32, 32), "index": torch.arange(4)}
+    samples |= {"latent_mean": torch.randn(4, 4, 8, 8), "latent_std": torch.zeros(4, 4, 8, 8)}
+    optimizer, losses = torch.optim.AdamW(head.parameters(), lr=1e-2), []
+    for step in range(60):
+        batch = {**samples, "draw": torch.full((4,), step)}
+        loss = head.loss(head.read(*head.draw(batch)), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    head.save_pretrained(tmp_path / "head")
+
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    term = GuidanceTerm(SpatialHead.from_pretrained(tmp_path / "head"), FixedTarget(poses(2, seed=1)))
+    unguided = ReadoutGuidance([term], readout_scale=0.0)
+    guidance = ReadoutGuidance([term], normalize="rms")
+    for each in (unguided, guidance):
+        denoise(pipe, "pixart", each, steps=10)
+    assert [step.condition for step in guidance.trace] == ["shared"] * 10
+    assert (guidance.trace[-1].energy < unguided.trace[-1].energy).all()
+    assert (guidance.trace[-1].energy < guidance.trace[0].energy).all()
 
 
 def add_ip_adapter(unet, width, tokens=4):

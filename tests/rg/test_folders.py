@@ -67,6 +67,17 @@ def test_pipelines_on_top_of_a_model_save_and_load(tokenizer, tmp_path, family):
     torch.testing.assert_close(denoise(loaded, family, steps=2), denoise(pipe, family, steps=2), rtol=1e-4, atol=1e-4)
 
 
+def test_pixart_under_the_transformers_former_name(folders, tmp_path):
+    # As the repositories of the hub have it.
+    shutil.copytree(folders / "pixart", tmp_path / "pixart")
+    for name in ("model_index.json", "transformer/config.json"):
+        path = tmp_path / "pixart" / name
+        path.write_text(path.read_text().replace("PixArtTransformer2DModel", "Transformer2DModel"))
+    backbone, plain = (DiffusionBackbone.from_pretrained(str(root / "pixart")) for root in (tmp_path, folders))
+    x_t, timesteps = torch.randn(1, 4, 8, 8), torch.tensor([7])
+    assert torch.equal(backbone.predict(x_t, timesteps).output, plain.predict(x_t, timesteps).output)
+
+
 def test_half_precision_files_are_a_variant(tokenizer, tmp_path):
     build("sd15", tokenizer, dtype=torch.float16).save_pretrained(tmp_path, variant="fp16")
     assert load_pipeline(str(tmp_path), variant="fp16").unet.dtype == torch.float32
