@@ -231,11 +231,9 @@ def test_a_pose_head_learns_on_a_saved_transformer_and_guides_it(tokenizer, pose
     build("pixart", tokenizer).save_pretrained(tmp_path / "model")
     backbone = DiffusionBackbone.from_pretrained(str(tmp_path / "model"), device="cpu")
     torch.manual_seed(0)
-    head = SpatialHead(
-        variant="keypoints",
-        **{name: getattr(backbone, name) for name in ("tap_channels", "time_embed_dim", "condition_dim")},
-        **{"projection_dim": 16, "norm_groups": 2, "hidden_channels": 8, "output_scale": 2, "learning_rate": 1e-2},
-    ).attach_backbone(backbone)
+    widths = {name: getattr(backbone, name) for name in ("tap_channels", "time_embed_dim", "condition_dim")}
+    small = {"projection_dim": 16, "norm_groups": 2, "hidden_channels": 8, "output_scale": 2}
+    head = SpatialHead(variant="keypoints", **widths, **small).attach_backbone(backbone)
     samples = {"keypoints": poses(4), "label": torch.zeros(4, 3, 32, 32), "index": torch.arange(4)}
     samples |= {"latent_mean": torch.randn(4, 4, 8, 8), "latent_std": torch.zeros(4, 4, 8, 8)}
     optimizer, losses = torch.optim.AdamW(head.parameters(), lr=1e-2), []
