@@ -36,7 +36,7 @@ def check_pipeline(pipe: Any) -> None:
     moving = {MOVING[hook] for part in denoiser.modules() for hook in _hook_names(part) if hook in MOVING}
     if moving:
         raise ValueError(
-            f"pipeline: expected the denoiser's weights to stay in place until the backward pass, "
+            "pipeline: expected the denoiser's weights to stay in place until the backward pass, "
             f"{' and '.join(moving)} changes them; use enable_model_cpu_offload() or enable_sequential_cpu_offload()"
         )
 
