@@ -12,8 +12,8 @@ class Canny(LineAnnotator):
     """Edges by the detector of Canny (1986) on the grey picture at the source's resolution.
 
     Args:
-        low, high: thresholds of |dx| + |dy|, of 3x3 Sobel filters on grey levels 0..255: above `high` lies an edge, above
-            `low` its continuation.
+        low, high: thresholds of |dx| + |dy|, by 3x3 Sobel filters on grey levels 0..255: above `high` lies an edge,
+            above `low` its continuation.
         line_width: see LineAnnotator.
 
     Raises:

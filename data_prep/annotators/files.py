@@ -20,8 +20,8 @@ class FileLabels:
 
     Args:
         path: the folder of the labels.
-        line_width: thickness of a limb that is drawn, in pixels of the resized picture; None draws nothing: the PNG must
-            be there, as for depth and edges.
+        line_width: thickness of a limb that is drawn, in pixels of the resized picture; None draws nothing: there must
+            be a PNG, as for depth and edges.
     """
 
     def __init__(self, *, path: str, line_width: float | None = 2.0) -> None:

@@ -38,7 +38,10 @@ def perfect(head, batch):
 )
 def test_a_perfect_readout_scores_well_and_another_pictures_badly(scores, at_least):
     head, batch = make_head(scores), make_batch(scores)
-    good, bad = score(head, perfect(head, batch), batch), score(make_head(scores), perfect(head, batch).roll(1, 0), batch)
+    good, bad = (
+        score(head, perfect(head, batch), batch),
+        score(make_head(scores), perfect(head, batch).roll(1, 0), batch),
+    )
     for name, least in at_least.items():
         assert least < good[name] <= 1 and bad[name] < 0.8 * good[name], (good, bad)
     if scores == "depth":
