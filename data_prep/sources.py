@@ -42,6 +42,7 @@ class SourceSample:
         seed: the seed sequence of a generated picture.
         identity: the attributes of each person, of a generated picture.
         keypoints: (P, 18, 3) float32 of (x, y, visible) in pixels of `image`, of a generated picture.
+        depth, edges: (resolution, resolution) as in data_prep.marionette.Stills, of a generated picture.
         file: the picture's path relative to its folder, of a picture that was read.
         original: (height, width) of that file's picture before crop and resize.
     """
@@ -52,8 +53,15 @@ class SourceSample:
     seed: tuple[int, ...] | None = None
     identity: list[dict[str, Any]] | None = None
     keypoints: Tensor | None = None
+    depth: Tensor | None = None
+    edges: Tensor | None = None
     file: Path | None = None
     original: Size | None = None
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"the picture of seed {self.seed}" if self.file is None else self.file.as_posix()
 
 
 class Source(Protocol):
@@ -71,7 +79,10 @@ class Source(Protocol):
 def open_picture(path: Path) -> Image.Image:
     """Reads a picture as RGB, turned upright as its EXIF data says; raises one of UNREADABLE."""
     with Image.open(path) as picture:
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I"):  # 16 bits, as depth often has: Pillow would cut off what exceeds 255
+        upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+    return upright.convert("RGB")
 
 
 def crop_box(size: Size) -> tuple[int, int, int]:
@@ -127,6 +138,8 @@ class MarionetteSource:
                 seed=seed,
                 identity=stills.identity[row],
                 keypoints=stills.keypoints[row, : len(stills.identity[row])],
+                depth=stills.depth[row],
+                edges=stills.edges[row],
             )
             for row, seed in enumerate(seeds)
         ]
@@ -160,8 +173,7 @@ class FolderSource:
         files = (file.relative_to(self.path) for file in self.path.rglob("*") if file.suffix.lower() in endings)
         self.files: dict[str, list[Path]] = {split: [] for split in SPLITS}
         for file in sorted(files, key=Path.as_posix):
-            digest = hashlib.sha256(f"{seed}/{file.as_posix()}".encode()).digest()
-            draw = int.from_bytes(digest[:8], "big") / 2**64
+            draw = int.from_bytes(hashlib.sha256(f"{seed}/{file.as_posix()}".encode()).digest()[:8], "big") / 2**64
             held_out = "test" if draw < test_share else "val" if draw < test_share + validation_share else "train"
             self.files[held_out].append(file)
 

@@ -17,6 +17,7 @@ GUIDANCE = {"rg.denoisers", "rg.hooks", "rg.targets", "rg.guided_step", "rg.sche
 # What training and guidance both need of a pipeline.
 MODEL = {"rg.denoisers", "rg.hooks", "rg.conditions", "rg.pipelines", "rg.precision"}
 SHARDS = {"rg.points", "rg.samples", "rg.shards"}
+METRICS = {"rg.metrics", "rg.map_metrics", "rg.image_means"}
 # file or pattern: (what it may import of the three packages, what it may import from elsewhere beside the standard
 # library). "rg.heads" stands for everything below it too. A file that no row fits needs one.
 KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
@@ -30,7 +31,7 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/precision.py": (set(), {"torch"}),
     "rg/aggregation.py": ({"rg.points"}, {"torch"}),  # a part of readout
     "rg/readout.py": ({"rg.aggregation", "rg.models"}, {"torch", "lightning", "safetensors"}),
-    "rg/heads/*.py": ({"rg.readout", "rg.points", "rg.metrics", "rg.models", "rg.heads"}, ANY),
+    "rg/heads/*.py": ({"rg.readout", "rg.points", "rg.models", "rg.heads", *METRICS}, ANY),
     "rg/released.py": ({"rg.heads", "rg.readout", "rg.points", "rg.released_files"}, {"torch"}),
     "rg/released_files.py": (set(), {"huggingface_hub"}),  # a part of released
     "rg/targets.py": ({"rg.points"}, ANY),
@@ -43,7 +44,9 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/data.py": (SHARDS, ANY),
     "rg/samples.py": (SHARDS, ANY),  # this and shards are parts of data
     "rg/shards.py": (SHARDS, ANY),
-    "rg/metrics.py": ({"rg.points"}, ANY),
+    "rg/metrics.py": ({"rg.points", "rg.image_means"}, ANY),
+    "rg/map_metrics.py": ({"rg.image_means"}, {"torch"}),
+    "rg/image_means.py": (set(), {"torch", "torchmetrics"}),  # a part of both
     "rg/networks.py": ({"rg.models"}, {"torch", "safetensors"}),
     "rg/finder.py": ({"rg.points", "rg.networks"}, {"torch"}),
     "rg/detectors.py": ({"rg.points", "rg.finder", "rg.networks"}, {"torch"}),

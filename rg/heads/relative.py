@@ -1,6 +1,6 @@
 """Relative readouts: maps of vectors that mean something only beside another picture's (Luo et al., 2024, 3.2)."""
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -19,6 +19,10 @@ class RelativeHead(ReadoutHead):
     def forward(self, features: list[Tensor], time_embedding: Tensor | None) -> Tensor:
         """Readout of taps (B, C_l, h_l, w_l), coarse to fine, and time embedding (B, E)."""
         return self.aggregation(features, time_embedding)
+
+    def control(self, batch: dict[str, Any]) -> Tensor:
+        """The labels of a batch, which `encode_target` refuses."""
+        return batch["label"]
 
     def encode_target(self, control: Tensor, *, readout_size: Size, image_size: Size) -> NoReturn:
         """Raises ValueError: no picture or pose says what a relative readout should be."""
