@@ -63,6 +63,8 @@ def build(
     encoder = instantiate(backbone, _convert_="all")
     if encoder.resolution != (maker.resolution, maker.resolution):
         raise DataError(f"source.resolution: expected the backbone's {encoder.resolution}, got {maker.resolution}")
+    if hasattr(labels, "attach_backbone"):
+        labels.attach_backbone(encoder)
     settings = {"source": dict(source), "annotator": dict(annotator), "shard_size": shard_size}
     settings |= {"pictures": {"resolution": maker.resolution, **maker.describe(split)}}
     wanted = Manifest(split, settings, encoder.autoencoder_id, _versions())

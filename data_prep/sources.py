@@ -22,6 +22,8 @@ from rg.samples import SPLITS
 
 # What Pillow raises for a file that is no picture, a damaged one, or one that is suspiciously large.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What the files of pictures end in.
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,23 @@ def crop_points(keypoints: Tensor, size: Size, resolution: int) -> Tensor:
     return torch.cat([points, visible[..., None]], -1)
 
 
+def deal(names: Sequence[str], *, validation_share: float, test_share: float, seed: int) -> dict[str, list[str]]:
+    """The names of each split, in their order: decided by a seeded hash of a name alone.
+
+    Raises:
+        ValueError: the shares are negative, or more than 1 in sum.
+    """
+    if min(validation_share, test_share) < 0 or validation_share + test_share > 1:
+        shares = f"validation_share={validation_share}, test_share={test_share}"
+        raise ValueError(f"expected shares of at least 0 and at most 1 in sum, got {shares}")
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for name in names:
+        draw = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") / 2**64
+        held_out = "test" if draw < test_share else "val" if draw < test_share + validation_share else "train"
+        splits[held_out].append(name)
+    return splits
+
+
 class MarionetteSource:
     """Endless renders of jointed people; the picture at an index depends on (seed, split, index) alone.
 
@@ -149,21 +168,14 @@ class FolderSource:
     def __init__(
         self, *, path: str, resolution: int, validation_share: float = 0.1, test_share: float = 0.1, seed: int = 0
     ) -> None:
-        if min(validation_share, test_share) < 0 or validation_share + test_share > 1:
-            shares = f"validation_share={validation_share}, test_share={test_share}"
-            raise ValueError(f"expected shares of at least 0 and at most 1 in sum, got {shares}")
         self.path = Path(path)
         if not self.path.is_dir():
             raise ValueError(f"expected a folder of pictures, found none at path={path}")
         self.resolution = resolution
-        endings = {".jpg", ".jpeg", ".png", ".webp"}
-        files = (file.relative_to(self.path) for file in self.path.rglob("*") if file.suffix.lower() in endings)
-        self.files: dict[str, list[Path]] = {split: [] for split in SPLITS}
-        for file in sorted(files, key=Path.as_posix):
-            digest = hashlib.sha256(f"{seed}/{file.as_posix()}".encode()).digest()
-            draw = int.from_bytes(digest[:8], "big") / 2**64
-            held_out = "test" if draw < test_share else "val" if draw < test_share + validation_share else "train"
-            self.files[held_out].append(file)
+        files = (file.relative_to(self.path) for file in self.path.rglob("*") if file.suffix.lower() in ENDINGS)
+        names = sorted(file.as_posix() for file in files)
+        splits = deal(names, validation_share=validation_share, test_share=test_share, seed=seed)
+        self.files = {split: [Path(name) for name in dealt] for split, dealt in splits.items()}
 
     def describe(self, split: str) -> dict[str, Any]:
         """The crop and the names: another set of pictures gives the indices another meaning."""
