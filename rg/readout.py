@@ -119,7 +119,7 @@ class ReadoutHead(LightningModule):
         return self(features, embedding)
 
     def draw(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, noise and one timestep per sample, a function of (seed, sample index, times seen) alone."""
+        """Latents and noise (B, C, h, w), or (B, G, C, h, w) of groups, and timesteps (B,): of seed, index, draw."""
         latents, noises, timesteps = [], [], []
         for mean, std, index, seen in zip(
             batch["latent_mean"], batch["latent_std"], batch["index"].tolist(), batch["draw"].tolist(), strict=True

@@ -16,7 +16,7 @@ ANY = None
 GUIDANCE = {"rg.denoisers", "rg.hooks", "rg.targets", "rg.guided_step", "rg.schedules", "rg.energies", "rg.recording"}
 # What training and guidance both need of a pipeline.
 MODEL = {"rg.denoisers", "rg.hooks", "rg.conditions", "rg.pipelines", "rg.precision"}
-SHARDS = {"rg.points", "rg.samples", "rg.shards"}
+SHARDS = {"rg.points", "rg.samples", "rg.groups", "rg.shards"}
 METRICS = {"rg.metrics", "rg.map_metrics", "rg.image_means"}
 # file or pattern: (what it may import of the three packages, what it may import from elsewhere beside the standard
 # library). "rg.heads" stands for everything below it too. A file that no row fits needs one.
@@ -42,7 +42,8 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/energies.py": ({"rg.denoisers", "rg.targets"}, {"torch"}),
     "rg/schedules.py": (set(), {"torch", "diffusers"}),
     "rg/data.py": (SHARDS, ANY),
-    "rg/samples.py": (SHARDS, ANY),  # this and shards are parts of data
+    "rg/samples.py": (SHARDS, ANY),  # this, groups and shards are parts of data
+    "rg/groups.py": (SHARDS, ANY),
     "rg/shards.py": (SHARDS, ANY),
     "rg/metrics.py": ({"rg.points", "rg.image_means"}, ANY),
     "rg/map_metrics.py": ({"rg.image_means"}, {"torch"}),

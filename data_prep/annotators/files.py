@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from data_prep.annotators import Label
-from data_prep.sources import UNREADABLE, Skip, SourceSample, crop_picture, crop_points, open_picture
+from data_prep.pictures import UNREADABLE, crop_picture, crop_points, open_picture
+from data_prep.sources import Skip, SourceSample
 from rg.points import draw_skeletons
 
 

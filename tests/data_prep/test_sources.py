@@ -7,7 +7,8 @@ from PIL import Image
 
 from data_prep.annotators.exact import ExactPose
 from data_prep.annotators.files import FileLabels
-from data_prep.sources import FolderSource, MarionetteSource, Skip, crop_box, crop_picture, crop_points
+from data_prep.pictures import crop_box, crop_picture, crop_points
+from data_prep.sources import FolderSource, MarionetteSource, Skip
 from rg.points import draw_skeletons
 
 
