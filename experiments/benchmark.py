@@ -168,7 +168,7 @@ def benchmark(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         size = cfg.sizes[model]
         for precision in size.precisions:
             name = model if len(size.precisions) == 1 else f"{model}_{precision}"
-            settings = Settings(model, size.latent_side, precision, size.images, cfg.steps, cfg.seed, device)
+            settings = Settings(model, size.latent_side, precision, size.images, size.steps, cfg.seed, device)
             lacking = lacking_memory(settings)
             if lacking:
                 print(f"{name}: left out: {lacking}")

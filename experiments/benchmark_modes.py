@@ -166,9 +166,7 @@ class Bench:
     def _floor(self) -> None:
         """What no guidance of one branch can do without: two forwards and a backward per step."""
         inputs, images = both_branches(self.pipe, PROMPT, self.latents), self.settings.images
-        empty, given = (
-            take_rows(inputs, rows, 2 * images) for rows in (slice(0, images), slice(images, 2 * images))
-        )
+        empty, given = (take_rows(inputs, rows, 2 * images) for rows in (slice(0, images), slice(images, 2 * images)))
         for timestep in self.timesteps:
             x = self.latents.detach().requires_grad_()
             features = predict(self.pipe.unet, x, timestep, **empty).features

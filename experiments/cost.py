@@ -1,9 +1,11 @@
 """What a job takes, before it starts: python -m experiments.cost job=train +experiment=pose_100 world=sdxl
 
-Operations are counted on models without weights, two per multiply-add of matrix products, convolutions and attention.
-The time that follows from them is right within a factor of two where `hardware.gflops` is what the machine sustains on
-such layers. Memory is weights, optimizer, data, and what is kept for the backward pass; the working memory of kernels
-and libraries comes on top. Disk is an upper bound: pictures are taken as uncompressed.
+Operations are counted on models without weights, two per multiply-add of matrix products, convolutions and attention;
+the counts are exact. The time is an estimate from them, no better than `hardware.gflops` fits such layers: normalisation
+and memory traffic are in no count, and weigh most in small models. `check=true` prints the estimate beside a measured run
+of the embedded model. Memory is weights, optimizer, data, and what is kept for the backward pass (with checkpointing it
+is less); the working memory of kernels and libraries comes on top. Disk is an upper bound: pictures are taken as
+uncompressed.
 """
 
 from typing import Any
@@ -18,7 +20,7 @@ from experiments.architectures import UNETS
 from experiments.benchmark import peak_memory
 from experiments.benchmark_modes import Bench, Settings
 from experiments.benchmark_training import clock, per_call, training_speed
-from experiments.counting import Counted, count
+from experiments.cost_counts import Counted, count
 from rg.folders import PRECISIONS
 from rg.guidance import GuidanceTerm, ReadoutGuidance
 from rg.readout import ReadoutHead

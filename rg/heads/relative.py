@@ -35,5 +35,6 @@ def pick(readout: Tensor, points: Tensor) -> Tensor:
     """
     batch, channels, height, width = readout.shape
     x, y = points[..., 0].clamp(0, width - 1), points[..., 1].clamp(0, height - 1)
-    index = (y * width + x)[:, None].expand(batch, channels, -1)
-    return readout.flatten(2).gather(2, index).transpose(1, 2)
+    index = (y * width + x)[..., None].expand(batch, -1, channels)
+    # Channels last, as heads give their readouts: so the gradient lies too.
+    return readout.permute(0, 2, 3, 1).flatten(1, 2).gather(1, index)
