@@ -1,11 +1,10 @@
 """What a job takes, before it starts: python -m experiments.cost job=train +experiment=pose_100 world=sdxl
 
-Operations are counted on models without weights, two per multiply-add of matrix products, convolutions and attention;
-the counts are exact. The time is an estimate from them, no better than `hardware.gflops` fits such layers: normalisation
-and memory traffic are in no count, and weigh most in small models. `check=true` prints the estimate beside a measured run
-of the embedded model. Memory is weights, optimizer, data, and what is kept for the backward pass (with checkpointing it
-is less); the working memory of kernels and libraries comes on top. Disk is an upper bound: pictures are taken as
-uncompressed.
+Operations are counted on models without weights, two per multiply-add of matrix products, convolutions and attention.
+The time is an estimate from them, no better than `hardware.gflops` fits such layers: normalisation and memory traffic
+are in no count, and weigh most in small models. `check=true` prints it beside a measured run of the embedded model.
+Memory is weights, optimizer, data, and what is kept for the backward pass (less with checkpointing); the working memory
+of kernels and libraries comes on top. Disk is an upper bound: pictures are taken as uncompressed.
 """
 
 from typing import Any

@@ -72,7 +72,5 @@ class AggregationNetwork(nn.Module):
         height, width = features[-1].shape[-2:]
         size = (height * self.output_scale, width * self.output_scale)
         weights = self.mixing_weights.softmax(0)
-        parts = (
-            net(f, time_embedding, size, w) for w, net, f in zip(weights, self.bottlenecks, features, strict=True)
-        )
+        parts = (net(f, time_embedding, size, w) for w, net, f in zip(weights, self.bottlenecks, features, strict=True))
         return functools.reduce(torch.add, parts)

@@ -9,7 +9,12 @@ from experiments import benchmark as command
 from experiments.benchmark import benchmark, lacking_memory, task_results
 from experiments.benchmark_modes import Settings, modes_of
 
-SMALL = ["repeats=1", "training_steps=1", "head_repeats=1", *(f"sizes.marionette.{key}=1" for key in ("images", "steps"))]
+SMALL = [
+    "repeats=1",
+    "training_steps=1",
+    "head_repeats=1",
+    *(f"sizes.marionette.{key}=1" for key in ("images", "steps")),
+]
 
 
 def settings(root: Path, tmp_path: Path, *overrides: str):
