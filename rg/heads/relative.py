@@ -72,5 +72,6 @@ def pick(readout: Tensor, points: Tensor) -> Tensor:
     A cell outside gives the nearest one's vector.
     """
     batch, channels, height, width = readout.shape
-    index = flat_index(points, (height, width))[:, None].expand(batch, channels, -1)
-    return readout.flatten(2).gather(2, index).transpose(1, 2)
+    index = flat_index(points, (height, width))[..., None].expand(batch, -1, channels)
+    # Channels last, as heads give their readouts: so the gradient lies too.
+    return readout.permute(0, 2, 3, 1).flatten(1, 2).gather(1, index)
