@@ -155,8 +155,8 @@ def sheet(cfg: DictConfig, model: Counted, cost: dict[str, float], rate: float) 
         f"GFLOP per step    {cost['flop_per_step'] / 1e9:,.1f}",
         f"GFLOP in all      {cost['flop'] / 1e9:,.0f}",
         f"memory            {memory:.2f} GB, of them {cost['kept'] / 2**30:.2f} kept for the backward pass{fits}",
-        f"disk              at most {cost['disk'] / 2**30:.2f} GB",
-        f"time              {cost['flop'] / rate / 3600:.2f} hours at {rate / 1e9:,.0f} GFLOP/s",
+        f"disk              at most {cost['disk'] / 2**30:.3g} GB",
+        f"time              {cost['flop'] / rate / 3600:.3g} hours at {rate / 1e9:,.0f} GFLOP/s",
     ]
 
 
