@@ -42,8 +42,12 @@ class SDEdit:
         self.seed = seed
 
     def attach_backbone(self, backbone: DiffusionBackbone) -> None:
-        """Sets the model that edits."""
-        self.pipe = AutoPipelineForImage2Image.from_pipe(backbone.pipeline)
+        """Sets the model that edits; raises ValueError where its family has no image-to-image pipeline."""
+        try:
+            self.pipe = AutoPipelineForImage2Image.from_pipe(backbone.pipeline)
+        except ValueError as error:
+            name = type(backbone.pipeline).__name__
+            raise ValueError(f"backbone: expected a model that can edit pictures, got a {name}: {error}") from error
         self.pipe.set_progress_bar_config(disable=True)
 
     def annotate(self, samples: Sequence[SourceGroup]) -> list[GroupLabel | Skip]:
