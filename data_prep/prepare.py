@@ -34,7 +34,7 @@ def build(
     split: str = "train",
     n: int | None = None,
 ) -> Manifest:
-    """Makes the samples 0..n-1 of a split in <root>/<split>, except those that are there already.
+    """Makes the samples 0..n-1 of a split in <root>/<split>, except those that are there already; returns the manifest.
 
     The bytes of the folder depend on the settings and the largest n alone, not on how often the work was interrupted,
     continued or extended. Two processes may ask for the same folder: the second waits, and finds its work done.
@@ -48,9 +48,6 @@ def build(
         split: one of SPLITS.
         n: number of indices, of which the skipped ones give no sample; None takes all of a finite source.
 
-    Returns:
-        The manifest of the folder.
-
     Raises:
         DataError: before any work, unknown split or bad n, a source without that many pictures or of another resolution
             than the backbone, a folder made with other settings; later, a latent that is not finite.
@@ -63,6 +60,8 @@ def build(
     encoder = instantiate(backbone, _convert_="all")
     if encoder.resolution != (maker.resolution, maker.resolution):
         raise DataError(f"source.resolution: expected the backbone's {encoder.resolution}, got {maker.resolution}")
+    if hasattr(labels, "attach_backbone"):
+        labels.attach_backbone(encoder)
     settings = {"source": dict(source), "annotator": dict(annotator), "shard_size": shard_size}
     settings |= {"pictures": {"resolution": maker.resolution, **maker.describe(split)}}
     wanted = Manifest(split, settings, encoder.autoencoder_id, _versions())

@@ -12,6 +12,7 @@ from webdataset import TarWriter
 from data_prep.annotators import Annotator
 from data_prep.sources import Skip, Source
 from rg.backbone import DiffusionBackbone
+from rg.groups import Group
 from rg.samples import DataError, Sample
 from rg.shards import Manifest, read_shard
 
@@ -80,25 +81,25 @@ class ShardWriter:
         self.manifest.skipped |= skipped
         self.manifest.write(self.folder)
 
-    def _make(self, indices: Sequence[int]) -> list[tuple[int, Sample | Skip]]:
+    def _make(self, indices: Sequence[int]) -> list[tuple[int, Sample | Group | Skip]]:
         made: dict[int, Any] = dict(zip(indices, self.source.read(self.manifest.split, indices), strict=True))
         read = {index: item for index, item in made.items() if not isinstance(item, Skip)}
         labels = dict(zip(read, self.annotator.annotate(list(read.values())), strict=True)) if read else {}
         made |= {index: label for index, label in labels.items() if isinstance(label, Skip)}
-        kept = [index for index in read if not isinstance(labels[index], Skip)]
-        if kept:
-            latents = self._encode(torch.stack([read[index].image for index in kept]))
-            for index, latent in zip(kept, latents, strict=True):
-                item, label = read[index], labels[index]
+        pictures = {i: label.pictures(read[i]) for i, label in labels.items() if not isinstance(label, Skip)}
+        if pictures:
+            latents = self._encode(torch.cat(list(pictures.values()))).split(
+                [len(group) for group in pictures.values()]
+            )
+            for index, latent in zip(pictures, latents, strict=True):
                 if not latent.isfinite().all():
                     raise DataError(f"{self.folder}: the latent of sample {index:08d} is not finite in half precision")
-                words = item.prompt, item.kind, item.seed, item.identity
-                made[index] = Sample(index, item.image, label.picture, label.keypoints, latent, *words)
+                made[index] = labels[index].sample(index, read[index], latent)
         return list(made.items())
 
     def _encode(self, images: Tensor) -> Tensor:
-        """Mean and standard deviation of the latents of up to BATCH uint8 images: (B, 2C, h, w) float16."""
-        batch = images.new_zeros(BATCH, *images.shape[1:])
-        batch[: len(images)] = images
-        mean, std = self.backbone.encode(batch.float() / 127.5 - 1)
-        return torch.cat([mean, std], 1)[: len(images)].half().cpu()
+        """Mean and standard deviation of the latents of uint8 images: (B, 2C, h, w) float16."""
+        rest = images.new_zeros(-len(images) % BATCH, *images.shape[1:])
+        batches = torch.cat([images, rest]).split(BATCH)
+        latents = [torch.cat(self.backbone.encode(batch.float() / 127.5 - 1), 1).half().cpu() for batch in batches]
+        return torch.cat(latents)[: len(images)]

@@ -10,18 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import cv2
-import numpy as np
-import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from data_prep.marionette import KINDS, VERSION, render
-from rg.points import Size, inside, rescale
+from data_prep.pictures import ENDINGS, UNREADABLE, crop_picture, open_picture
+from rg.points import Size
 from rg.samples import SPLITS
-
-# What Pillow raises for a file that is no picture, a damaged one, or one that is suspiciously large.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -42,6 +36,7 @@ class SourceSample:
         seed: the seed sequence of a generated picture.
         identity: the attributes of each person, of a generated picture.
         keypoints: (P, 18, 3) float32 of (x, y, visible) in pixels of `image`, of a generated picture.
+        depth, edges: (resolution, resolution) as in data_prep.marionette.Stills, of a generated picture.
         file: the picture's path relative to its folder, of a picture that was read.
         original: (height, width) of that file's picture before crop and resize.
     """
@@ -52,8 +47,15 @@ class SourceSample:
     seed: tuple[int, ...] | None = None
     identity: list[dict[str, Any]] | None = None
     keypoints: Tensor | None = None
+    depth: Tensor | None = None
+    edges: Tensor | None = None
     file: Path | None = None
     original: Size | None = None
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"the picture of seed {self.seed}" if self.file is None else self.file.as_posix()
 
 
 class Source(Protocol):
@@ -68,32 +70,21 @@ class Source(Protocol):
     def read(self, split: str, indices: Sequence[int]) -> list[SourceSample | Skip]: ...
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Reads a picture as RGB, turned upright as its EXIF data says; raises one of UNREADABLE."""
-    with Image.open(path) as picture:
-        return ImageOps.exif_transpose(picture).convert("RGB")
+def deal(names: Sequence[str], *, validation_share: float, test_share: float, seed: int) -> dict[str, list[str]]:
+    """The names of each split, in their order: decided by a seeded hash of a name alone.
 
-
-def crop_box(size: Size) -> tuple[int, int, int]:
-    """Left, top and side of the centre square of a picture of `size`, whole pixels; side = min(height, width)."""
-    side = min(size)
-    return (size[1] - side) // 2, (size[0] - side) // 2, side
-
-
-def crop_picture(picture: Image.Image, resolution: int) -> Tensor:
-    """The centre square, resized by area: (3, resolution, resolution) uint8."""
-    left, top, side = crop_box((picture.height, picture.width))
-    square = np.asarray(picture)[top : top + side, left : left + side]
-    resized = cv2.resize(square, (resolution, resolution), interpolation=cv2.INTER_AREA)
-    return torch.from_numpy(resized).permute(2, 0, 1)
-
-
-def crop_points(keypoints: Tensor, size: Size, resolution: int) -> Tensor:
-    """Moves keypoints (P, K, 3) of a picture of `size` as `crop_picture` moves it; outside, they are not visible."""
-    left, top, side = crop_box(size)
-    points = rescale(keypoints[..., :2] - keypoints.new_tensor([left, top]), (side, side), (resolution, resolution))
-    visible = keypoints[..., 2] * inside(points, (resolution, resolution))
-    return torch.cat([points, visible[..., None]], -1)
+    Raises:
+        ValueError: the shares are negative, or more than 1 in sum.
+    """
+    if min(validation_share, test_share) < 0 or validation_share + test_share > 1:
+        shares = f"validation_share={validation_share}, test_share={test_share}"
+        raise ValueError(f"expected shares of at least 0 and at most 1 in sum, got {shares}")
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for name in names:
+        draw = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") / 2**64
+        held_out = "test" if draw < test_share else "val" if draw < test_share + validation_share else "train"
+        splits[held_out].append(name)
+    return splits
 
 
 class MarionetteSource:
@@ -127,6 +118,8 @@ class MarionetteSource:
                 seed=seed,
                 identity=stills.identity[row],
                 keypoints=stills.keypoints[row, : len(stills.identity[row])],
+                depth=stills.depth[row],
+                edges=stills.edges[row],
             )
             for row, seed in enumerate(seeds)
         ]
@@ -149,21 +142,14 @@ class FolderSource:
     def __init__(
         self, *, path: str, resolution: int, validation_share: float = 0.1, test_share: float = 0.1, seed: int = 0
     ) -> None:
-        if min(validation_share, test_share) < 0 or validation_share + test_share > 1:
-            shares = f"validation_share={validation_share}, test_share={test_share}"
-            raise ValueError(f"expected shares of at least 0 and at most 1 in sum, got {shares}")
         self.path = Path(path)
         if not self.path.is_dir():
             raise ValueError(f"expected a folder of pictures, found none at path={path}")
         self.resolution = resolution
-        endings = {".jpg", ".jpeg", ".png", ".webp"}
-        files = (file.relative_to(self.path) for file in self.path.rglob("*") if file.suffix.lower() in endings)
-        self.files: dict[str, list[Path]] = {split: [] for split in SPLITS}
-        for file in sorted(files, key=Path.as_posix):
-            digest = hashlib.sha256(f"{seed}/{file.as_posix()}".encode()).digest()
-            draw = int.from_bytes(digest[:8], "big") / 2**64
-            held_out = "test" if draw < test_share else "val" if draw < test_share + validation_share else "train"
-            self.files[held_out].append(file)
+        files = (file.relative_to(self.path) for file in self.path.rglob("*") if file.suffix.lower() in ENDINGS)
+        names = sorted(file.as_posix() for file in files)
+        splits = deal(names, validation_share=validation_share, test_share=test_share, seed=seed)
+        self.files = {split: [Path(name) for name in dealt] for split, dealt in splits.items()}
 
     def describe(self, split: str) -> dict[str, Any]:
         """The crop and the names: another set of pictures gives the indices another meaning."""

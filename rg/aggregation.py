@@ -1,5 +1,7 @@
 """The network of every head: taps of all sizes, mixed into one map (Luo et al., 2023 and 2024)."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,16 +30,24 @@ class Bottleneck(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, feature: Tensor, time_embedding: Tensor | None, size: Size) -> Tensor:
+    def forward(self, feature: Tensor, time_embedding: Tensor | None, size: Size, weight: Tensor) -> Tensor:
+        """The block's output times a weight (), not negative."""
+        feature = feature.contiguous(memory_format=torch.channels_last)  # as the weights lie; a mixture is slow
         # A bias-free 1x1 convolution commutes with bilinear resizing: it runs on the smaller map.
         hidden = F.relu(self.norm1(_resize(self.conv1(feature), size)))
         if time_embedding is not None:
             hidden = hidden + F.relu(self.time(time_embedding))[:, :, None, None]
         hidden = F.relu(self.norm2(self.conv2(hidden)))
-        hidden = self.norm3(self.conv3(hidden))
+        # w relu(a + b) = relu(w a + w b), and a norm's scale and shift take w for nothing.
+        hidden = _weighted(self.norm3, self.conv3(hidden), weight)
         if self.shortcut is None:
-            return F.relu(hidden + _resize(feature, size))
-        return F.relu(hidden + self.shortcut_norm(_resize(self.shortcut(feature), size)))
+            return F.relu_(hidden.add_(weight * _resize(feature, size)))
+        return F.relu_(hidden.add_(_weighted(self.shortcut_norm, _resize(self.shortcut(feature), size), weight)))
+
+
+def _weighted(norm: nn.GroupNorm, maps: Tensor, weight: Tensor) -> Tensor:
+    """weight * norm(maps)."""
+    return F.group_norm(maps, norm.num_groups, weight * norm.weight, weight * norm.bias, norm.eps)
 
 
 def _resize(maps: Tensor, size: Size) -> Tensor:
@@ -62,6 +72,5 @@ class AggregationNetwork(nn.Module):
         height, width = features[-1].shape[-2:]
         size = (height * self.output_scale, width * self.output_scale)
         weights = self.mixing_weights.softmax(0)
-        return sum(
-            w * net(f, time_embedding, size) for w, net, f in zip(weights, self.bottlenecks, features, strict=True)
-        )
+        parts = (net(f, time_embedding, size, w) for w, net, f in zip(weights, self.bottlenecks, features, strict=True))
+        return functools.reduce(torch.add, parts)

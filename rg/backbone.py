@@ -7,14 +7,15 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
 from rg.conditions import Condition, encode_condition
+from rg.denoisers import condition_dim, denoiser_of, embed_time, tap_channels, time_embed_dim
 from rg.folders import load_pipeline
-from rg.hooks import Prediction, condition_dim, embed_time, predict, tap_channels, time_embed_dim
+from rg.hooks import Prediction, predict
 from rg.pipelines import check_pipeline
 from rg.precision import keep_float32
 
 
 class DiffusionBackbone:
-    """A Stable Diffusion pipeline as a feature extractor.
+    """A Stable Diffusion or PixArt pipeline as a feature extractor.
 
     It is no nn.Module on purpose: a head that holds one neither saves its weights nor flips it to training mode.
     Images are (B, 3, H, W) in [-1, 1]; latents are (B, C, h, w), already multiplied by the VAE's scaling factor;
@@ -22,19 +23,19 @@ class DiffusionBackbone:
     """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
-        """Takes a text-to-image pipeline of Stable Diffusion 1, 2 or SDXL; its VAE is kept in float32.
+        """Takes a text-to-image pipeline of Stable Diffusion 1, 2, SDXL or PixArt; its VAE is kept in float32.
 
         Raises:
-            ValueError: the pipeline has no U-Net with taps.
+            ValueError: the pipeline has no denoiser with taps.
         """
         check_pipeline(pipeline)
         self.pipeline = pipeline
-        self.denoiser: nn.Module = pipeline.unet
+        self.denoiser: nn.Module = denoiser_of(pipeline)
         self.vae: nn.Module = pipeline.vae
         encoders = (getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2"))
         for module in (self.denoiser, self.vae, *filter(None, encoders)):
             module.eval().requires_grad_(False)
-        if pipeline.unet.dtype != torch.float32:
+        if self.denoiser.dtype != torch.float32:
             keep_float32(self.vae)
         self.num_timesteps: int = pipeline.scheduler.config.num_train_timesteps
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod
@@ -56,7 +57,7 @@ class DiffusionBackbone:
         Args:
             path: a diffusers folder, a shipped model's name, or "owner/name" on the hub.
             device: None takes a CUDA GPU where there is one.
-            precision: of the U-Net and the text encoders: float32, bfloat16 or float16.
+            precision: of the denoiser and the text encoders: float32, bfloat16 or float16.
             variant: which of several files of weights, such as "fp16".
 
         Raises:
@@ -65,7 +66,11 @@ class DiffusionBackbone:
         """
         pipeline = load_pipeline(path, precision=precision, variant=variant)
         check_pipeline(pipeline)
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        # What a scheduler of another kind does not say (clipping), or DDIM cannot follow or invert (its spacing).
+        settings = {"clip_sample": False, **pipeline.scheduler.config}
+        if settings.get("timestep_spacing") == "linspace":
+            settings["timestep_spacing"] = "trailing"
+        pipeline.scheduler = DDIMScheduler.from_config(settings)
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
@@ -125,7 +130,8 @@ class DiffusionBackbone:
         x_t = x_t.to(self.denoiser.dtype)
         inputs = self.condition(prompt).inputs(len(x_t), (x_t.shape[-2] * factor, x_t.shape[-1] * factor), x_t)
         prediction = predict(self.denoiser, x_t, timesteps, **inputs)
-        return Prediction(prediction.output.float(), [feature.float() for feature in prediction.features])
+        output = prediction.output[:, : self.latent_channels].float()
+        return Prediction(output, [feature.float() for feature in prediction.features])
 
     def embed_time(self, index: Tensor) -> Tensor:
         """The denoiser's embedding of time indices (B,): (B, time_embed_dim), in float32."""

@@ -79,11 +79,13 @@ class ReadoutPictures(_Figures):
         if self.batch is None or not trainer.is_global_zero:
             return
         batch = self.batch
-        rows = {"picture": (batch["image"] + 1) / 2, "label": (batch["label"] + 1) / 2}
+        shown = {"picture": "image", "label": "label"}
+        rows = {row: (batch[name] + 1) / 2 for row, name in shown.items() if name in batch}
         with torch.no_grad():
             for timestep in head.hparams.val_timesteps:
                 rows[f"t = {timestep}"] = head.preview(head.read_at(batch, timestep))
-        self._publish(trainer, "readouts", picture_grid(rows))
+        # The pictures of a group stand side by side.
+        self._publish(trainer, "readouts", picture_grid({row: p.flatten(0, -4) for row, p in rows.items()}))
 
 
 class MixingWeights(_Figures):
@@ -95,6 +97,6 @@ class MixingWeights(_Figures):
         weights = head.aggregation.mixing_weights.detach().softmax(0).tolist()
         figure, axis = plt.subplots(figsize=(4, 2.2))
         axis.bar(range(len(weights)), weights)
-        axis.set_xlabel("tap, coarse to fine")
+        axis.set_xlabel("tap")
         axis.set_ylabel("mixing weight")
         self._publish(trainer, "mixing_weights", figure)

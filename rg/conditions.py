@@ -1,4 +1,4 @@
-"""What a U-Net is conditioned on beside the time, in every family: the condition that a head was trained under."""
+"""What a denoiser is conditioned on beside the time, in every family: the condition that a head was trained under."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +14,19 @@ ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 2e-2}
 class Condition:
     """One prompt's embeddings.
 
-    text: (1, tokens, width), the U-Net's encoder_hidden_states.
+    text: (1, tokens, width), the denoiser's encoder_hidden_states.
     pooled: (1, width) where the family has a pooled embedding and time ids (SDXL), else None.
+    mask: (1, tokens), 1 for tokens and 0 for padding, where the family has one (PixArt), else None.
+    sized: whether the image's size is a condition of its own (PixArt-alpha at 1024 px).
     """
 
     text: Tensor
     pooled: Tensor | None = None
+    mask: Tensor | None = None
+    sized: bool = False
 
     def inputs(self, rows: int, image_size: tuple[int, int], like: Tensor) -> dict[str, Any]:
-        """Arguments of the U-Net for `rows` rows, in the dtype and on the device of `like`.
+        """Arguments of the denoiser for `rows` rows, in the dtype and on the device of `like`.
 
         Args:
             image_size: (height, width) of the image being made. Time ids say that it is an uncropped original of that
@@ -33,6 +37,12 @@ class Condition:
             ids = like.new_tensor([[*image_size, 0, 0, *image_size]])
             pooled = self.pooled.to(like).expand(rows, -1)
             inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.expand(rows, -1)}
+        if self.mask is not None:
+            inputs["encoder_attention_mask"] = self.mask.to(like.device).expand(rows, -1)
+        if self.sized:
+            size, ratio = like.new_tensor([image_size]), like.new_tensor([[image_size[0] / image_size[1]]])
+            added = {"resolution": size.expand(rows, -1), "aspect_ratio": ratio.expand(rows, -1)}
+            inputs["added_cond_kwargs"] = added
         return inputs
 
 
@@ -54,12 +64,15 @@ def encode_condition(pipe: Any, prompt: str, device: torch.device | None = None)
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
+    if getattr(pipe, "transformer", None) is not None:
+        # PixArt: the prompt's embedding and mask, then the negative prompt's.
+        return Condition(encoded[0], mask=encoded[1], sized=pipe.transformer.use_additional_conditions)
     # Two values in Stable Diffusion 1 and 2 (prompt, negative), four in SDXL (both pooled ones behind them).
     return Condition(encoded[0], encoded[2] if len(encoded) == 4 else None)
 
 
 def replaced(held: dict[str, Any], own: dict[str, Any]) -> dict[str, Any] | None:
-    """A U-Net's arguments `held` under the condition `own` instead; None where they say the same already.
+    """A denoiser's arguments `held` under the condition `own` instead; None where they say the same already.
 
     Other entries, such as picture embeddings, are kept; so are time ids of another form than the head's (the SDXL
     refiner's aesthetic score).
@@ -67,13 +80,19 @@ def replaced(held: dict[str, Any], own: dict[str, Any]) -> dict[str, Any] | None
     text, added = own["encoder_hidden_states"], dict(own.get("added_cond_kwargs", {}))
     held_added = held.get("added_cond_kwargs") or {}
     same = _alike(held["encoder_hidden_states"], text)
+    if "encoder_attention_mask" in own:
+        same &= _equal(held["encoder_attention_mask"], own["encoder_attention_mask"])
     if added:
-        if held_added["time_ids"].shape != added["time_ids"].shape:
+        if "time_ids" in added and held_added["time_ids"].shape != added["time_ids"].shape:
             added["time_ids"] = held_added["time_ids"]
-        same &= _alike(held_added["text_embeds"], added["text_embeds"])
-        same &= torch.equal(held_added["time_ids"].to(added["time_ids"]), added["time_ids"])
+        for name, value in added.items():
+            same &= (_alike if name == "text_embeds" else _equal)(held_added[name], value)
         own = {**own, "added_cond_kwargs": {**held_added, **added}}
     return None if same else {**held, **own}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.to(other), other)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

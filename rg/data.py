@@ -10,6 +10,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from rg.groups import Groups
 from rg.samples import Batch, DataError, Samples
 from rg.shards import Manifest, read_shards
 
@@ -17,7 +18,7 @@ from rg.shards import Manifest, read_shards
 class Passes(Dataset[Batch]):
     """Pass after pass over n samples, each in its own order: position p is in pass p // n, and that is its draw."""
 
-    def __init__(self, *, samples: Samples, seed: int) -> None:
+    def __init__(self, *, samples: Samples | Groups, seed: int) -> None:
         self.samples = samples
         self.seed = seed
         self._order = (-1, np.empty(0, dtype=np.int64))
@@ -70,7 +71,7 @@ class ReadoutDataModule(LightningDataModule):
         root: folder that holds one folder per split.
         size: number of training pictures; None takes all.
         val_size: number of held-out pictures; None takes all.
-        batch_size: pictures per batch and rank.
+        batch_size: pictures, or groups of them, per batch and rank.
         epoch_batches: training batches per epoch and rank.
         seed: of the subset (with `available`) and of the order.
         available: see `read_shards`.

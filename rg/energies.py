@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rg.hooks import embed_time
+from rg.denoisers import denoiser_of, embed_time
 from rg.targets import ReferenceTarget
 
 
@@ -65,7 +65,7 @@ def head_time(head: Any, pipe: Any, times: Tensor) -> Tensor | None:
     """The time embedding (B, E) that a head takes at times (B,), in float32; None where it takes none."""
     if hasattr(head, "time_index"):
         times = head.time_index(times, pipe.scheduler.config.num_train_timesteps)
-    return None if times is None else embed_time(pipe.unet, times).float()
+    return None if times is None else embed_time(denoiser_of(pipe), times).float()
 
 
 def _energy(term: Any, readout: Tensor, moment: Moment) -> Tensor:

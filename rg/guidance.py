@@ -1,7 +1,7 @@
 """Readout guidance: the gradient of an energy on readouts steers sampling (Luo et al., 2024, section 3.3).
 
-`with guidance.attach(pipe): pipe(...)` works on diffusers pipelines around a U-Net; the pipeline, its scheduler and its
-arguments stay the user's own.
+`with guidance.attach(pipe): pipe(...)` works on diffusers pipelines around a U-Net or PixArt's transformer; the
+pipeline, its scheduler and its arguments stay the user's own.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +12,10 @@ from typing import Any, Self
 from torch import Tensor
 
 from rg.conditions import encode_condition
+from rg.denoisers import denoiser_of
 from rg.guided_step import GuidedRun, StepTrace
 from rg.hooks import hooked
-from rg.pipelines import check_head, check_pipeline, uncompiled
+from rg.pipelines import check_head, check_pipeline, outspoken, uncompiled
 from rg.precision import watched
 from rg.recording import RecordingRun
 from rg.schedules import check_scheduler, moved_samples
@@ -123,6 +124,7 @@ class ReadoutGuidance:
         Raises:
             ValueError: the pipeline or its scheduler has no rule, or a head was made for another backbone.
         """
+        check_pipeline(pipe)
         check_scheduler(pipe.scheduler, self.update)
         with self._hooked(pipe, GuidedRun) as run, ExitStack() as stack:
             if self.update == "adam":
@@ -141,20 +143,20 @@ class ReadoutGuidance:
         """
         if not any(isinstance(term.target, ReferenceTarget) for term in self.terms):
             raise ValueError("terms: expected one with a ReferenceTarget to record, got none")
+        check_pipeline(pipe)
         with self._hooked(pipe, RecordingRun):
             yield self
 
     @contextmanager
     def _hooked(self, pipe: Any, kind: type[GuidedRun]) -> Iterator[GuidedRun]:
         """Lets a run of this guidance answer for the pipeline's denoiser."""
-        check_pipeline(pipe)
         for term in self.terms:
             check_head(term.head, pipe)
         condition = None
         if self.prompt is not None and self.branch == "uncond":
             condition = encode_condition(pipe, self.prompt)
             pipe.maybe_free_model_hooks()  # an offloaded text encoder goes back
-        with uncompiled(pipe), watched(getattr(pipe, "vae", None)):
+        with uncompiled(pipe), outspoken(pipe), watched(getattr(pipe, "vae", None)):
             run = kind(self, pipe, condition)
-            with hooked(pipe.unet, run, checkpointing=self.checkpointing):
+            with hooked(denoiser_of(pipe), run, checkpointing=self.checkpointing):
                 yield run

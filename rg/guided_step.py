@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from rg.conditions import Condition, replaced
+from rg.denoisers import denoiser_of, latent_channels
 from rg.energies import Energy, measure
-from rg.hooks import latent_channels, predict, take_rows
+from rg.hooks import predict, take_rows
 from rg.pipelines import check_call
 from rg.precision import pull_back
 from rg.schedules import alpha_bar, noise_to_output, output_to_noise
@@ -34,7 +35,7 @@ class GuidedRun:
 
     def __init__(self, guidance: Any, pipe: Any, condition: Condition | None) -> None:
         self.guidance, self.pipe, self.condition = guidance, pipe, condition
-        self.channels = latent_channels(pipe.unet)
+        self.channels = latent_channels(denoiser_of(pipe))
         self.timesteps: Tensor | None = None
         self.step = 0
         self.move: Tensor | None = None
@@ -66,7 +67,7 @@ class GuidedRun:
         over branches: (images, C, h, w). The graph is gone when this returns."""
         with torch.enable_grad():
             x = rows.detach().requires_grad_()
-            prediction = predict(self.pipe.unet, x, timestep, forward=forward, **inputs)
+            prediction = predict(denoiser_of(self.pipe), x, timestep, forward=forward, **inputs)
         latent = x.detach()[:, : self.channels]
         energy = measure(self.guidance, self.pipe, prediction.features, latent, timestep, images, step)
         self._check_finite("energy", energy.value, timestep)

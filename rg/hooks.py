@@ -1,7 +1,4 @@
-"""The one place that touches diffusers' hooks: taps of a denoiser, and a hook around its forward call.
-
-A tap is the output of `conv2` of a decoder ResNet block, before the residual is added (Luo et al., 2024, section 3.1).
-"""
+"""The one place that touches diffusers' hooks: the features of a denoiser, and a hook around its forward call."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +10,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
+from rg.denoisers import as_map, check_sample, is_transformer, taps
+
 HOOK_NAME = "readout_guidance"
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
@@ -21,51 +20,13 @@ CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 class Prediction:
     """What one denoiser call gives.
 
-    output: (B, C, h, w), the model's raw output in the scheduler's prediction type, first C latent channels.
-    features: one (B, C_l, h_l, w_l) per tap, in decoder order (coarse to fine).
+    output: (B, C', h, w), the model's raw output: in the first C channels, as many as latents have, the scheduler's
+        prediction type; behind them PixArt predicts a variance.
+    features: one (B, C_l, h_l, w_l) per tap, in their order.
     """
 
     output: Tensor
     features: list[Tensor]
-
-
-def taps(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """Names and modules of the taps in decoder order.
-
-    Raises:
-        ValueError: the denoiser has no decoder ResNet blocks to tap.
-    """
-    found = {
-        f"up_blocks.{i}.resnets.{j}.conv2": resnet.conv2
-        for i, block in enumerate(getattr(denoiser, "up_blocks", ()))
-        for j, resnet in enumerate(getattr(block, "resnets", ()))
-    }
-    if not found:
-        raise ValueError(
-            f"no readout taps: expected a U-Net with up_blocks[i].resnets[j].conv2, got {type(denoiser).__name__}"
-        )
-    return found
-
-
-def tap_channels(denoiser: nn.Module) -> list[int]:
-    """Channels of the taps, in decoder order."""
-    # The layer under an adapter such as LoRA's, which hides its sizes.
-    return [getattr(tap, "base_layer", tap).out_channels for tap in taps(denoiser).values()]
-
-
-def time_embed_dim(denoiser: nn.Module) -> int:
-    """Width of the denoiser's time embedding."""
-    return getattr(denoiser.time_embedding.linear_2, "base_layer", denoiser.time_embedding.linear_2).out_features
-
-
-def condition_dim(denoiser: nn.Module) -> int:
-    """Width of the text embeddings that the denoiser attends to: 768 in Stable Diffusion 1, 1024 in 2, 2048 in SDXL."""
-    return denoiser.config.cross_attention_dim
-
-
-def latent_channels(denoiser: nn.Module) -> int:
-    """Channels of the latent itself: inpainting adds input channels behind it, learned variance output channels."""
-    return min(denoiser.config.in_channels, denoiser.config.out_channels)
 
 
 def predict(
@@ -78,11 +39,16 @@ def predict(
         timestep: scalar or (B,), in the scheduler's units.
         forward: what to call instead of the denoiser, from inside a hook on it.
         inputs: the denoiser's other arguments.
+
+    Raises:
+        ValueError: the sample is not made of whole patches.
     """
+    check_sample(denoiser, sample)
     features: list[Tensor] = []
     handles = [tap.register_forward_hook(lambda _m, _i, out: features.append(out)) for tap in taps(denoiser).values()]
     try:
-        output = (forward or denoiser)(sample, timestep, **{**inputs, "return_dict": False})[0]
+        times = timestep.expand(len(sample))
+        output = (forward or denoiser)(sample, timestep=times, **{**inputs, "return_dict": False})[0]
     finally:
         # Removed before any backward pass: recomputation of checkpointed blocks would fire them again.
         for handle in handles:
@@ -90,16 +56,9 @@ def predict(
     if len(features) != len(handles):
         raise RuntimeError(
             f"denoiser: expected {len(handles)} features from its taps, got {len(features)}: compiled code runs no "
-            "hooks; compile the attention blocks alone, with denoiser.compile_repeated_blocks()"
+            "hooks; in a U-Net compile the attention blocks alone, with denoiser.compile_repeated_blocks()"
         )
-    return Prediction(output, features)
-
-
-def embed_time(denoiser: nn.Module, index: Tensor) -> Tensor:
-    """The denoiser's own embedding of time indices (B,): (B, E), without gradient."""
-    with torch.no_grad():
-        projected = denoiser.time_proj(index)
-        return denoiser.time_embedding(projected.to(next(denoiser.time_embedding.parameters()).dtype))
+    return Prediction(output, [as_map(feature, denoiser, sample) for feature in features])
 
 
 def take_rows(value: Any, rows: slice, batch: int) -> Any:
@@ -128,8 +87,15 @@ class _DenoiserHook(ModelHook):
         if args:
             raise TypeError("a guided denoiser takes keyword arguments after (sample, timestep)")
         return_dict = kwargs.pop("return_dict", True)
+        check_sample(module, sample)
         timestep = torch.as_tensor(timestep, device=sample.device)
-        output = self.call(self.fn_ref.original_forward, sample, timestep, **kwargs)
+        if is_transformer(module):
+            timestep = timestep.flatten()[0]  # PixArt's pipelines repeat it for every row
+
+        def forward(sample: Tensor, timestep: Tensor, **inputs: Any) -> Any:
+            return self.fn_ref.original_forward(sample, timestep=timestep.expand(len(sample)), **inputs)
+
+        output = self.call(forward, sample, timestep, **kwargs)
         if not return_dict:
             return (output,)
         return UNet2DConditionOutput(sample=output)

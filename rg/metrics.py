@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
+
+from rg.image_means import ImageMeans
 
 
 def box_side(points: Tensor, visible: Tensor) -> Tensor:
@@ -74,8 +75,8 @@ def match_people(predicted: Tensor, target: Tensor, visible: Tensor, present: Te
     return orders[sums.argmin(1)]
 
 
-class PCK(Metric):
-    """Mean share of correct keypoints over images, at several tolerances.
+class PCK(ImageMeans):
+    """Mean share of correct keypoints over images, at several tolerances, which are the keys of what `compute` returns.
 
     Args:
         alphas: tolerances in (0, 1), shares of the larger side of a box.
@@ -83,26 +84,18 @@ class PCK(Metric):
             same keypoints (the paper's wording).
     """
 
-    full_state_update = False
     higher_is_better = True
-    total: Tensor
-    squares: Tensor
-    images: Tensor
 
     def __init__(
         self, *, alphas: Sequence[float] = (0.05, 0.1, 0.2), box: Literal["target", "predicted"] = "target"
     ) -> None:
-        super().__init__()
         wrong = [alpha for alpha in alphas if not 0 < alpha < 1]
         if wrong or not alphas:
             raise ValueError(f"expected alphas in (0, 1), at least one, got {list(alphas)}: change `alphas`")
         if box not in ("target", "predicted"):
             raise ValueError(f"expected box 'target' or 'predicted', got {box!r}: change `box`")
-        self.alphas, self.box = tuple(alphas), box
-        # Sums alone, so that adding them over processes is exact.
-        for name in ("total", "squares"):
-            self.add_state(name, torch.zeros(len(self.alphas), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        super().__init__(alphas)
+        self.box = box
 
     def update(self, predicted: Tensor, target: Tensor, visible: Tensor, present: Tensor | None = None) -> None:
         """Adds B images.
@@ -116,22 +109,10 @@ class PCK(Metric):
             ValueError: see `pck`.
         """
         size = box_side(target if self.box == "target" else predicted, visible)
-        shares = torch.stack([pck(predicted, target, visible, size, alpha) for alpha in self.alphas]).double()
+        shares = torch.stack([pck(predicted, target, visible, size, alpha) for alpha in self.names], 1)
         if present is not None:
-            shares = shares * present
-        self.total += shares.sum(1)
-        self.squares += (shares**2).sum(1)
-        self.images += len(predicted)
-
-    def compute(self) -> dict[float, dict[str, float]]:
-        """For each alpha the mean over images and its standard error "sem", 0 for one image (its spread is unknown)."""
-        count = int(self.images)
-        if count == 0:
-            raise ValueError("PCK of no images: call update() first")
-        mean = self.total / count
-        variance = (self.squares - count * mean**2).clamp_min(0) / max(count - 1, 1)
-        sem = (variance / count).sqrt()
-        return {a: {"mean": m, "sem": s} for a, m, s in zip(self.alphas, mean.tolist(), sem.tolist(), strict=True)}
+            shares = shares * present[:, None]
+        self.add_images(shares)
 
 
 def paired_gain(before: Tensor, after: Tensor) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Which diffusers pipelines guidance works on, and what it says of the others."""
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from rg.hooks import condition_dim, tap_channels, taps, time_embed_dim
+from rg.denoisers import condition_dim, denoiser_name, denoiser_of, is_transformer, tap_channels, taps, time_embed_dim
 
 log = logging.getLogger(__name__)
+
+# What pipelines say of the batch that they give their denoiser.
+SAYS = "do_classifier_free_guidance"
 
 # Hooks of diffusers that take weights away, or change them in place, before a backward pass has read them.
 MOVING = {
@@ -22,20 +26,18 @@ MOVING = {
 
 def check_pipeline(pipe: Any) -> None:
     """Raises ValueError when a pipeline's denoiser has no taps, no batch that guidance knows, or no backward pass."""
-    name, unet = type(pipe).__name__, getattr(pipe, "unet", None)
-    if not isinstance(unet, nn.Module):
-        others = [key for key, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)]
-        raise ValueError(f"pipeline: expected one with a U-Net as pipe.unet, got a {name} of {others}")
-    taps(unet)
+    name, denoiser = type(pipe).__name__, denoiser_of(pipe)
+    taps(denoiser)
     if hasattr(type(pipe), "image_guidance_scale"):
         raise ValueError(f"pipeline: expected at most two branches of classifier-free guidance, {name} has three")
-    if not hasattr(type(pipe), "do_classifier_free_guidance") or not hasattr(pipe, "encode_prompt"):
+    branches = hasattr(type(pipe), SAYS) or is_transformer(denoiser)
+    if not branches or not hasattr(pipe, "encode_prompt"):
         raise ValueError(f"pipeline: expected one that makes pictures from text, got a {name}")
-    moving = {MOVING[hook] for part in unet.modules() for hook in _hook_names(part) if hook in MOVING}
+    moving = {MOVING[hook] for part in denoiser.modules() for hook in _hook_names(part) if hook in MOVING}
     if moving:
         raise ValueError(
-            f"pipeline: expected the U-Net's weights to stay in place until the backward pass, {' and '.join(moving)} "
-            "changes them; use enable_model_cpu_offload() or enable_sequential_cpu_offload()"
+            "pipeline: expected the denoiser's weights to stay in place until the backward pass, "
+            f"{' and '.join(moving)} changes them; use enable_model_cpu_offload() or enable_sequential_cpu_offload()"
         )
 
 
@@ -47,7 +49,8 @@ def _hook_names(module: nn.Module) -> list[str]:
 def check_head(head: Any, pipe: Any) -> None:
     """Raises ValueError when a head was made for another model, or is in another precision or place than it must be."""
     if hasattr(head, "check_taps"):
-        head.check_taps(tap_channels(pipe.unet), time_embed_dim(pipe.unet), condition_dim(pipe.unet))
+        denoiser = denoiser_of(pipe)
+        head.check_taps(tap_channels(denoiser), time_embed_dim(denoiser), condition_dim(denoiser))
     weight = next(head.parameters(), None) if isinstance(head, nn.Module) else None
     if weight is None:
         return
@@ -67,9 +70,33 @@ def check_call(pipe: Any, update: str) -> None:
 
 
 @contextmanager
+def outspoken(pipe: Any) -> Iterator[None]:
+    """Makes a pipeline say whether it guides by text. PixArt's have no such property: they tell their encode_prompt."""
+    if hasattr(type(pipe), SAYS):
+        yield
+        return
+    encode, names = pipe.encode_prompt, ("encode_prompt", SAYS)
+    before = {name: vars(pipe)[name] for name in names if name in vars(pipe)}
+
+    @functools.wraps(encode)
+    def encode_prompt(prompt: Any, do_classifier_free_guidance: bool = True, *args: Any, **kwargs: Any) -> Any:
+        setattr(pipe, SAYS, do_classifier_free_guidance)
+        return encode(prompt, do_classifier_free_guidance, *args, **kwargs)
+
+    pipe.encode_prompt = encode_prompt
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(pipe).pop(name, None)
+        vars(pipe).update(before)
+
+
+@contextmanager
 def uncompiled(pipe: Any) -> Iterator[None]:
     """Runs what contains a tap as plain code: compiled code runs no hooks. Other compiled parts stay compiled."""
-    unet, plain = pipe.unet, getattr(pipe.unet, "_orig_mod", pipe.unet)
+    attribute, denoiser = denoiser_name(pipe), denoiser_of(pipe)
+    plain = getattr(denoiser, "_orig_mod", denoiser)
     names = {""}
     for name in taps(plain):
         steps = name.split(".")
@@ -79,20 +106,20 @@ def uncompiled(pipe: Any) -> Iterator[None]:
     if wrapped:
         raise ValueError(f"denoiser: expected {wrapped[0]} compiled in place (.compile()), got a torch.compile wrapper")
     calls = {name: part._compiled_call_impl for name, part in parts.items() if part._compiled_call_impl is not None}
-    if calls or plain is not unet:
+    if calls or plain is not denoiser:
         log.warning(
-            "compiled code keeps no features: %s run uncompiled while guidance is attached; "
+            "compiled code keeps no features: %s run uncompiled while guidance is attached; in a U-Net, "
             "unet.compile_repeated_blocks() compiles the attention blocks, which hold no taps",
-            sorted(calls) or "the U-Net",
+            sorted(calls) or "the denoiser",
         )
     try:
-        if plain is not unet:
-            pipe.unet = plain
+        if plain is not denoiser:
+            setattr(pipe, attribute, plain)
         for name in calls:
             parts[name]._compiled_call_impl = None
         yield
     finally:
         for name, call in calls.items():
             parts[name]._compiled_call_impl = call
-        if plain is not unet:
-            pipe.unet = unet
+        if plain is not denoiser:
+            setattr(pipe, attribute, denoiser)

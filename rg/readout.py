@@ -24,11 +24,11 @@ class ReadoutHead(LightningModule):
     the others on, and gives `forward`, `loss`, `metrics`, `preview`, and for guidance `encode_target` and `energy`.
 
     Args:
-        tap_channels: channels of the backbone's taps, coarse to fine.
+        tap_channels: channels of the backbone's taps, in their order.
         time_embed_dim: width of the backbone's time embedding.
         condition_dim: width of the backbone's text embeddings; tells families of equal taps apart. None: unknown.
         projection_dim: channels of the aggregate; norm_groups must divide a quarter of it.
-        output_scale: readout cells per latent cell and axis.
+        output_scale: readout cells per cell of the last tap and axis; that is a latent's, in PixArt a patch of them.
         time_convention: index embedded for time t: "direct" t, "mirrored" N - t (the authors' files), "none".
         prompt: the condition under which the backbone's features are read.
         learning_rate, weight_decay, warmup_steps: AdamW; linear warm-up, then cosine decay to zero.
@@ -90,7 +90,7 @@ class ReadoutHead(LightningModule):
             raise ValueError(
                 f"head {type(self).__name__} was made for another model family with the same taps: it expects text "
                 f"embeddings of width {self.hparams.condition_dim}, this backbone's have {condition_dim} "
-                "(768 Stable Diffusion 1, 1024 Stable Diffusion 2, 2048 SDXL)"
+                "(768 Stable Diffusion 1, 1024 Stable Diffusion 2, 2048 SDXL, 4096 PixArt)"
             )
 
     @property
@@ -119,7 +119,7 @@ class ReadoutHead(LightningModule):
         return self(features, embedding)
 
     def draw(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, noise and one timestep per sample, a function of (seed, sample index, times seen) alone."""
+        """Latents and noise (B, C, h, w), or (B, G, C, h, w) of groups, and timesteps (B,): of seed, index, draw."""
         latents, noises, timesteps = [], [], []
         for mean, std, index, seen in zip(
             batch["latent_mean"], batch["latent_std"], batch["index"].tolist(), batch["draw"].tolist(), strict=True

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rg.denoisers import denoiser_of
 from rg.energies import head_time
 from rg.guided_step import GuidedRun
 from rg.hooks import predict
@@ -26,7 +27,7 @@ class RecordingRun(GuidedRun):
         images = len(sample) // 2 if self.pipe.do_classifier_free_guidance else len(sample)
         rows, read_inputs, shared = self._guided_rows(inputs, sample, images)
         with torch.no_grad():
-            prediction = predict(self.pipe.unet, sample[rows], timestep, forward=forward, **read_inputs)
+            prediction = predict(denoiser_of(self.pipe), sample[rows], timestep, forward=forward, **read_inputs)
             features = [feature.float() for feature in prediction.features]
             for term in terms:
                 readout = term.head(features, head_time(term.head, self.pipe, timestep.expand(len(features[0]))))

@@ -8,10 +8,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from rg.backbone import DiffusionBackbone
 from rg.callbacks import picture_grid, save_figure
 from rg.guidance import GuidanceTerm
+from rg.readout import ReadoutHead
 from rg.runs import clear_errors, point_latest
 from rg.sampling import choose_head, generate, load_control, save_picture, set_scheduler
 from rg.shards import read_shards
@@ -20,15 +22,22 @@ from rg.targets import FixedTarget
 log = logging.getLogger(__name__)
 
 
-def read_controls(cfg: DictConfig, backbone: DiffusionBackbone) -> tuple[FixedTarget, list[str]]:
-    """The control file that `cfg.control` names, else poses of held-out pictures; and a prompt for each image."""
+def read_controls(cfg: DictConfig, backbone: DiffusionBackbone, head: ReadoutHead) -> tuple[FixedTarget, list[str]]:
+    """The control file that `cfg.control` names, else the labels of held-out pictures; and a prompt for each image.
+
+    Raises:
+        ValueError: the head cannot take such a control.
+    """
     if cfg.control is not None:
-        prompts = [cfg.prompt or ""] * cfg.images
-        return FixedTarget(load_control(cfg.control, backbone.resolution)), prompts
-    instantiate(cfg.data.builder)(split="test", n=cfg.pose + cfg.images)
-    samples = read_shards(Path(cfg.data.root) / "test", cfg.pose + cfg.images)
-    prompts = [cfg.prompt or prompt for prompt in samples.prompt[cfg.pose :]]
-    return FixedTarget(samples.keypoints[cfg.pose :]), prompts
+        target, prompts = FixedTarget(load_control(cfg.control, backbone.resolution)), [cfg.prompt or ""] * cfg.images
+    else:
+        instantiate(cfg.data.builder)(split="test", n=cfg.pose + cfg.images)
+        samples = read_shards(Path(cfg.data.root) / "test", cfg.pose + cfg.images)
+        batch = default_collate([samples[i] for i in range(cfg.pose, len(samples))])
+        target, prompts = FixedTarget(head.control(batch)), [cfg.prompt or prompt for prompt in batch["prompt"]]
+    # What does not fit is refused here, not at the first guided step; the size of the readout does not matter.
+    head.encode_target(target.control, readout_size=(8, 8), image_size=backbone.resolution)
+    return target, prompts
 
 
 def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
@@ -40,7 +49,7 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
     head.check_taps(backbone.tap_channels, backbone.time_embed_dim, backbone.condition_dim)
     head.to(backbone.device)
     set_scheduler(backbone.pipeline, cfg.scheduler)
-    target, prompts = read_controls(cfg, backbone)
+    target, prompts = read_controls(cfg, backbone, head)
     guidance = instantiate(cfg.guidance)(terms=[GuidanceTerm(head, target)])
     backbone.pipeline.set_progress_bar_config(disable=False)
     arguments = {"seeds": [cfg.seed * 1_000_003 + i for i in range(cfg.images)], **cfg.sampling}

@@ -10,8 +10,9 @@ before in this run.
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -68,14 +69,12 @@ class Sample:
             "size": list(self.image.shape[1:]),
             "keypoints": self.keypoints.tolist(),
         }
-        latent = io.BytesIO()
-        np.save(latent, self.latent.numpy(), allow_pickle=False)
         return {
             "__key__": f"{self.index:08d}",
-            "image.png": _to_png(self.image),
-            "label.png": _to_png(self.label),
+            "image.png": to_png(self.image),
+            "label.png": to_png(self.label),
             "json": json.dumps(meta).encode(),
-            "latent.npy": latent.getvalue(),
+            "latent.npy": to_npy(self.latent),
         }
 
     @classmethod
@@ -85,41 +84,65 @@ class Sample:
         Raises:
             DataError: a member is missing, unreadable, or of another size or type than the schema says.
         """
-        key, member = raw["__key__"], "json"
-        try:
-            meta = json.loads(raw[member])
-            keypoints = torch.tensor(meta["keypoints"], dtype=torch.float32).reshape(-1, 18, 3)
-            seed = None if meta["seed"] is None else tuple(meta["seed"])
-            size = tuple(meta["size"])
-            words = meta["prompt"], meta["kind"], seed, meta["identity"]
-            member = "image.png"
-            image = _from_png(raw[member], size)
-            member = "label.png"
-            label = _from_png(raw[member], size)
-            member = "latent.npy"
-            latent = _from_npy(raw[member])
-        except KeyError as error:
-            found = sorted(name for name in raw if not name.startswith("__"))
-            raise DataError(f"{shard} is truncated or not ours: sample {key} has no {error}, only {found}") from error
-        except Exception as error:  # a damaged file may fail anywhere inside its decoder
-            raise DataError(f"{shard}: {member} of sample {key} cannot be used: {error}") from error
-        return cls(int(key), image, label, keypoints, latent, *words)
+        size, words, keypoints = read_member(raw, "json", shard, _from_json)
+        read = partial(from_png, size=size)
+        image, label = (read_member(raw, f"{name}.png", shard, read) for name in ("image", "label"))
+        latent = read_member(raw, "latent.npy", shard, from_npy)
+        return cls(int(raw["__key__"]), image, label, keypoints, latent, *words)
 
 
-def _to_png(picture: Tensor) -> bytes:
+def read_member(raw: dict[str, Any], member: str, shard: Path, read: Callable[[bytes], Any]) -> Any:
+    """What `read` makes of one member of a sample.
+
+    Raises:
+        DataError: there is no such member, or `read` fails on it.
+    """
+    key = raw["__key__"]
+    if member not in raw:
+        found = sorted(name for name in raw if not name.startswith("__"))
+        raise DataError(f"{shard} is truncated or not ours: sample {key} has no {member!r}, only {found}")
+    try:
+        return read(raw[member])
+    except Exception as error:  # a damaged file may fail anywhere inside its decoder
+        raise DataError(f"{shard}: {member} of sample {key} cannot be used: {error}") from error
+
+
+def read_words(meta: dict[str, Any]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    """(height, width) and (prompt, kind, seed, identity) of a sample's json; raises KeyError where one is missing."""
+    seed = None if meta["seed"] is None else tuple(meta["seed"])
+    return tuple(meta["size"]), (meta["prompt"], meta["kind"], seed, meta["identity"])
+
+
+def _from_json(data: bytes) -> tuple[Any, ...]:
+    meta = json.loads(data)
+    keypoints = torch.tensor(meta["keypoints"], dtype=torch.float32).reshape(-1, 18, 3)
+    return *read_words(meta), keypoints
+
+
+def to_png(picture: Tensor) -> bytes:
+    """A picture (3, H, W) uint8 as a file."""
     stream = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(stream, format="PNG")
     return stream.getvalue()
 
 
-def _from_png(data: bytes, size: tuple[int, ...]) -> Tensor:
+def from_png(data: bytes, size: tuple[int, ...]) -> Tensor:
+    """(3, H, W) uint8; raises ValueError where the picture is not RGB of this (height, width)."""
     picture = Image.open(io.BytesIO(data), formats=["PNG"])
     if (picture.mode, picture.size[::-1]) != ("RGB", size):
         raise ValueError(f"expected an RGB picture of {size}, found {picture.mode} of {picture.size[::-1]}")
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def _from_npy(data: bytes) -> Tensor:
+def to_npy(latent: Tensor) -> bytes:
+    """An array as a file."""
+    stream = io.BytesIO()
+    np.save(stream, latent.numpy(), allow_pickle=False)
+    return stream.getvalue()
+
+
+def from_npy(data: bytes) -> Tensor:
+    """Means and standard deviations of latents (2C, h, w) float16; raises ValueError for anything else."""
     latent = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     if latent.dtype != np.float16 or latent.ndim != 3 or len(latent) % 2:
         raise ValueError(f"expected float16 of (2C, h, w), found {latent.dtype} of {latent.shape}")

@@ -77,19 +77,24 @@ def generate(
 
 
 def load_control(path: str | Path, image_size: Size) -> Tensor | Image.Image:
-    """A control from a file: an RGB picture, or keypoints as .json, moved to the image that will be made.
+    """A control from a file: a picture, grey as RGB, or keypoints as .json, moved to the image that will be made.
 
     The JSON holds {"size": [height, width], "keypoints": [people][18][x, y, visible]}, in pixels of that size.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the keypoints have another form.
+        ValueError: the picture cannot be read, or the keypoints have another form.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"control={path}: there is no such file")
     if path.suffix != ".json":
-        return Image.open(path)
+        try:
+            picture = Image.open(path)
+            picture.load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"control={path}: expected a picture, found {error!r}") from error
+        return picture.convert("RGB") if picture.mode == "L" else picture
     try:
         record = json.loads(path.read_text())
         keypoints = torch.tensor(record["keypoints"], dtype=torch.float32)

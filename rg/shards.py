@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from rg.groups import Group, Groups
 from rg.samples import DataError, Sample, Samples
 
 
@@ -100,11 +101,11 @@ def read_shard(path: Path, shard: Mapping[str, int]) -> Iterator[dict[str, Any]]
         raise DataError(f"{path} is truncated: expected {expected} samples, found {count}")
 
 
-def read_samples(folder: Path, manifest: Manifest, wanted: Sequence[int]) -> list[Sample]:
+def read_samples(folder: Path, manifest: Manifest, wanted: Sequence[int]) -> list[Sample] | list[Group]:
     """Reads the samples with the `wanted` indices, in that order, opening only the shards that hold one.
 
     Raises:
-        DataError: see `read_shard` and `Sample.decode`.
+        DataError: see `read_shard`, `Sample.decode` and `Group.decode`.
     """
     missing, found = set(wanted), {}
     for name, shard in sorted(manifest.shards.items()):
@@ -112,7 +113,8 @@ def read_samples(folder: Path, manifest: Manifest, wanted: Sequence[int]) -> lis
             continue
         for raw in read_shard(folder / name, shard):
             if int(raw["__key__"]) in missing:
-                found[int(raw["__key__"])] = Sample.decode(raw, folder / name)
+                kind = Group if "0.png" in raw else Sample
+                found[int(raw["__key__"])] = kind.decode(raw, folder / name)
     missing -= found.keys()
     if missing:
         raise DataError(f"{folder}: the shards lack sample {min(missing):08d}, which the manifest counts")
@@ -126,7 +128,7 @@ def read_shards(
     available: int | None = None,
     seed: int = 0,
     autoencoder_id: str | None = None,
-) -> Samples:
+) -> Samples | Groups:
     """Reads samples of one split from `folder`, <root>/<split>, into memory.
 
     Subsets are nested: a smaller `size` gives a part of a larger one. Without `available` the subset is the first
@@ -154,7 +156,8 @@ def read_shards(
     if not pool or len(pool) < (size or 0):
         skipped = f"{len(manifest.skipped)} indices were skipped, manifest.json says why"
         raise DataError(f"{folder}: expected {size or 'some'} samples, found {len(pool)} ({skipped})")
+    samples = read_samples(folder, manifest, pool[:size])
     try:
-        return Samples.stack(read_samples(folder, manifest, pool[:size]))
+        return (Groups if isinstance(samples[0], Group) else Samples).stack(samples)
     except RuntimeError as error:
         raise DataError(f"{folder}: expected pictures and latents of one size: {error}") from error

@@ -17,9 +17,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffus
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from rg.denoisers import tap_channels, time_embed_dim
 from rg.guidance import ReadoutGuidance
 from rg.heads import SpatialHead
-from rg.hooks import taps
 from tests.families import make_schedule
 
 ROOT = Path(__file__).parents[1]
@@ -122,15 +122,15 @@ def tiny_pipeline(tokenizer: CLIPTokenizer) -> Callable[..., StableDiffusionPipe
 def tiny_head() -> Callable[..., SpatialHead]:
     """Makes frozen SpatialHeads with random weights for a denoiser's taps: `tiny_head(pipe.unet, variant="rgb")`.
 
-    Their readouts have two cells per latent cell: (B, 3 or 18, 16, 16) for a tiny pipeline.
+    Their readouts have two cells per cell of the last tap: (B, 3 or 18, 16, 16) for a tiny pipeline.
     """
 
     def build(denoiser: nn.Module, *, seed: int = 0, **hyperparameters: Any) -> SpatialHead:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             head = SpatialHead(
-                tap_channels=[tap.out_channels for tap in taps(denoiser).values()],
-                time_embed_dim=denoiser.time_embedding.linear_2.out_features,
+                tap_channels=tap_channels(denoiser),
+                time_embed_dim=time_embed_dim(denoiser),
                 **{"projection_dim": 16, "norm_groups": 2, "hidden_channels": 8, "output_scale": 2} | hyperparameters,
             )
         return head.eval().requires_grad_(False)

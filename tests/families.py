@@ -1,9 +1,10 @@
 """Tiny pipelines with random weights of every family that guidance works on, and how each of them is called.
 
 Pictures are 32x32, latents (4, 8, 8). Blocks, conditions and prediction types are those of the real models, widths are
-not: the text embeddings are 8, 12 and 16 wide in Stable Diffusion 1, 2 and SDXL.
+not: the text embeddings are 8, 12 and 16 wide in Stable Diffusion 1, 2 and SDXL, 10 in PixArt.
 """
 
+import string
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,17 +15,26 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     DiffusionPipeline,
+    PixArtTransformer2DModel,
     SchedulerMixin,
     T2IAdapter,
     UNet2DConditionModel,
 )
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from rg.guidance import ReadoutGuidance
 
-# family: (diffusers' pipeline class, model, input channels of its U-Net)
+# family: (diffusers' pipeline class, model, input channels of its denoiser)
 FAMILIES: dict[str, tuple[str, str, int]] = {
     "sd15": ("StableDiffusionPipeline", "sd15", 4),
     "sd21": ("StableDiffusionPipeline", "sd21", 4),
@@ -38,8 +48,10 @@ FAMILIES: dict[str, tuple[str, str, int]] = {
     "sd15_inpaint": ("StableDiffusionInpaintPipeline", "sd15", 9),
     "sd15_inpaint_plain": ("StableDiffusionInpaintPipeline", "sd15", 4),
     "sdxl_inpaint": ("StableDiffusionXLInpaintPipeline", "sdxl", 9),
+    "pixart": ("PixArtSigmaPipeline", "pixart", 4),
+    "pixart_alpha": ("PixArtAlphaPipeline", "pixart", 4),
 }
-MODELS = ("sd15", "sd21", "sdxl")
+MODELS = ("sd15", "sd21", "sdxl", "pixart")
 TEXT_WIDTH = {"sd15": 8, "sd21": 12, "sdxl": 8}
 
 
@@ -69,14 +81,14 @@ def build(
     kind, model, channels = FAMILIES[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = _parts(model, channels, tokenizer)
+        parts = _pixart_parts(family) if model == "pixart" else _parts(model, channels, tokenizer)
         if "controlnet" in family:
             parts["controlnet"] = _controlnet(parts["unet"])
         if "adapter" in family:
             size = {"downscale_factor": 8, "adapter_type": "full_adapter_xl"} if model == "sdxl" else {}
             parts["adapter"] = T2IAdapter(channels=[8, 16], num_res_blocks=1, **{"downscale_factor": 4} | size)
     schedule = make_schedule("v_prediction" if model == "sd21" else "epsilon")
-    if model != "sdxl":
+    if model in ("sd15", "sd21"):
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = getattr(diffusers, kind)(**parts, scheduler=scheduler.from_config(schedule.config))
     if dtype != torch.float32:
@@ -123,6 +135,27 @@ def _parts(model: str, channels: int, tokenizer: CLIPTokenizer) -> dict[str, Any
     return parts
 
 
+def _pixart_parts(family: str) -> dict[str, Any]:
+    letters = [(letter, -3.0) for letter in string.ascii_lowercase]
+    tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters], extra_ids=0)
+    transformer = PixArtTransformer2DModel(
+        # The pipeline of PixArt-alpha gives the size as a condition to models of this sample size.
+        sample_size=128 if family == "pixart_alpha" else 8,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=10,
+    )
+    text = T5Config(vocab_size=len(tokenizer), d_model=10, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    return {
+        "transformer": transformer,
+        "vae": _autoencoder(),
+        "text_encoder": T5EncoderModel(text),
+        "tokenizer": tokenizer,
+    }
+
+
 def _autoencoder() -> AutoencoderKL:
     return AutoencoderKL(
         sample_size=32,
@@ -164,6 +197,9 @@ def arguments(family: str, images: int, size: tuple[int, int] = (32, 32)) -> dic
     mask = Image.new("L", size[::-1])
     mask.paste(255, (8, 8, 24, 24))
     height, width = {"height": size[0], "width": size[1]}, {}
+    if "pixart" in family:
+        # Its tables of aspect ratios begin at latents of 32x32.
+        return {**height, "use_resolution_binning": False}
     if "inpaint" in family:
         # The picture is repeated by the pipelines themselves.
         width = {"image": picture, "mask_image": mask, "strength": 0.99 if "plain" in family else 1.0}

@@ -13,23 +13,25 @@ PACKAGES = ("rg", "data_prep", "experiments")
 FILES = sorted(path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 ANY = None
-GUIDANCE = {"rg.hooks", "rg.targets", "rg.guided_step", "rg.schedules", "rg.energies", "rg.recording"}
+GUIDANCE = {"rg.denoisers", "rg.hooks", "rg.targets", "rg.guided_step", "rg.schedules", "rg.energies", "rg.recording"}
 # What training and guidance both need of a pipeline.
-MODEL = {"rg.hooks", "rg.conditions", "rg.pipelines", "rg.precision"}
-SHARDS = {"rg.points", "rg.samples", "rg.shards"}
+MODEL = {"rg.denoisers", "rg.hooks", "rg.conditions", "rg.pipelines", "rg.precision"}
+SHARDS = {"rg.points", "rg.samples", "rg.groups", "rg.shards"}
+METRICS = {"rg.metrics", "rg.map_metrics", "rg.image_means"}
 # file or pattern: (what it may import of the three packages, what it may import from elsewhere beside the standard
 # library). "rg.heads" stands for everything below it too. A file that no row fits needs one.
 KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/points.py": (set(), {"torch"}),
-    "rg/hooks.py": (set(), {"torch", "diffusers", "transformers", "safetensors"}),
+    "rg/denoisers.py": (set(), {"torch", "diffusers"}),
+    "rg/hooks.py": ({"rg.denoisers"}, {"torch", "diffusers", "transformers", "safetensors"}),
     "rg/backbone.py": ({"rg.folders", *MODEL}, {"torch", "diffusers", "transformers", "safetensors"}),
     "rg/folders.py": ({"rg.models"}, {"torch", "diffusers"}),
     "rg/conditions.py": (set(), {"torch"}),
-    "rg/pipelines.py": ({"rg.hooks"}, {"torch"}),
+    "rg/pipelines.py": ({"rg.denoisers"}, {"torch"}),
     "rg/precision.py": (set(), {"torch"}),
     "rg/aggregation.py": ({"rg.points"}, {"torch"}),  # a part of readout
     "rg/readout.py": ({"rg.aggregation", "rg.models"}, {"torch", "lightning", "safetensors"}),
-    "rg/heads/*.py": ({"rg.readout", "rg.points", "rg.metrics", "rg.models", "rg.heads"}, ANY),
+    "rg/heads/*.py": ({"rg.readout", "rg.points", "rg.models", "rg.heads", *METRICS}, ANY),
     "rg/released.py": ({"rg.heads", "rg.readout", "rg.points", "rg.released_files"}, {"torch"}),
     "rg/released_files.py": (set(), {"huggingface_hub"}),  # a part of released
     "rg/targets.py": ({"rg.points"}, ANY),
@@ -37,12 +39,15 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/guided_step.py": (GUIDANCE | MODEL, ANY),  # this, energies and schedules are parts of guidance
     "rg/recording.py": (GUIDANCE, {"torch"}),
     "rg/inversion.py": ({"rg.backbone"}, {"torch", "diffusers", "tqdm"}),
-    "rg/energies.py": ({"rg.hooks", "rg.targets"}, {"torch"}),
+    "rg/energies.py": ({"rg.denoisers", "rg.targets"}, {"torch"}),
     "rg/schedules.py": (set(), {"torch", "diffusers"}),
     "rg/data.py": (SHARDS, ANY),
-    "rg/samples.py": (SHARDS, ANY),  # this and shards are parts of data
+    "rg/samples.py": (SHARDS, ANY),  # this, groups and shards are parts of data
+    "rg/groups.py": (SHARDS, ANY),
     "rg/shards.py": (SHARDS, ANY),
-    "rg/metrics.py": ({"rg.points"}, ANY),
+    "rg/metrics.py": ({"rg.points", "rg.image_means"}, ANY),
+    "rg/map_metrics.py": ({"rg.image_means"}, {"torch"}),
+    "rg/image_means.py": (set(), {"torch", "torchmetrics"}),  # a part of both
     "rg/networks.py": ({"rg.models"}, {"torch", "safetensors"}),
     "rg/finder.py": ({"rg.points", "rg.networks"}, {"torch"}),
     "rg/detectors.py": ({"rg.points", "rg.finder", "rg.networks"}, {"torch"}),

@@ -1,12 +1,16 @@
 """The whole job at tiny size, by the commands that a user types."""
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from experiments.ship_head import ship
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +54,34 @@ def test_the_head_samples(place: Path, root: Path, head: Path):
     assert (latest / "grid.png").is_file()
 
 
+@pytest.mark.parametrize("task", ["depth", "edge"])
+def test_a_depth_and_an_edge_head_train_sample_and_ship(place: Path, root: Path, task: str):
+    small = ["data.size=8", "data.val_size=2", "data.batch_size=4", "data.epoch_batches=2", "trainer.max_steps=2"]
+    done = run(place, root, "rg.train", f"+experiment={task}", *small, "trainer.check_val_every_n_epoch=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run_dir = place / "outputs" / task / "latest"
+    (place / f"{task}.png").write_bytes(_label(place / "data" / f"marionette_{task}" / "train" / "shard-000000.tar"))
+    words = [f"head.path={run_dir}/head", f"control={task}.png", "prompt=a person on grass"]
+    done = run(place, root, "rg.sample", f"+experiment={task}_control", *words, *TINY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"python -m rg.train +experiment={task}" in (ship(run_dir, task, place) / "README.md").read_text()
+    # In that folder the head is found by its name; its controls are the labels of held-out pictures.
+    done = run(place / "heads", root, "rg.sample", f"+experiment={task}_control", *TINY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for folder in (place, place / "heads"):
+        assert Image.open(folder / "outputs" / f"{task}_control" / "latest" / "00001.png").size == (64, 64)
+
+
+def _label(shard: Path) -> bytes:
+    """The first label of a shard, as a grey picture."""
+    with tarfile.open(shard) as archive:
+        name = next(name for name in archive.getnames() if name.endswith("label.png"))
+        picture = Image.open(archive.extractfile(name)).convert("L")
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG")
+    return stream.getvalue()
+
+
 def test_the_evaluation_continues(place: Path, root: Path, head: Path):
     overrides = [f"head.path={head}", *TINY, "batch_size=1"]
     done = run(place, root, "rg.evaluate", *overrides)
@@ -87,6 +119,7 @@ def test_the_evaluation_continues(place: Path, root: Path, head: Path):
         ("rg.evaluate", ["head.path=nowhere"], "nowhere"),
         ("rg.evaluate", ["images=0"], "images"),
         ("rg.sample", ["+experiment=pose_control", "control=missing.png"], "missing.png"),
+        ("rg.sample", ["+experiment=pose_control", "control=damaged.png"], "damaged.png: expected a picture"),
         ("rg.sample", ["+experiment=pose_control", "scheduler=eular"], "eular"),
         ("rg.sample", ["+experiment=pose_control", "head.released=pose"], "got 'marionette'"),
         ("rg.sample", ["+experiment=pose_control", "head.released=poze"], "poze"),
@@ -94,6 +127,7 @@ def test_the_evaluation_continues(place: Path, root: Path, head: Path):
     ],
 )
 def test_bad_input_is_one_clear_error(place: Path, root: Path, module: str, overrides: list[str], named: str):
+    (place / "damaged.png").write_bytes(b"no picture")
     done = run(place, root, module, *overrides)
     message = done.stderr.strip().splitlines()
     assert done.returncode != 0

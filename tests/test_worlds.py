@@ -52,6 +52,8 @@ def test_a_world_trains_samples_and_evaluates(place, root, model):
     assert done.returncode == 0, done.stdout + done.stderr
     head = place / "outputs" / model / "latest" / "head"
     few = [f"head.path={head}", "images=2", "sampling.num_inference_steps=3", "guidance.readout_scale=10"]
+    if model == "pixart":
+        few.append("+sampling.use_resolution_binning=false")  # its tables begin at latents of 32x32
     done = run(place, root, "rg.sample", "+experiment=pose_control", *world, *few)
     assert done.returncode == 0, done.stdout + done.stderr
     picture = place / "outputs" / "pose_control" / "latest" / "00001.png"

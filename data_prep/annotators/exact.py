@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data_prep.annotators import Label
+from data_prep.annotators.lines import LineAnnotator
 from data_prep.sources import Skip, SourceSample
 from rg.points import draw_skeletons
 
@@ -20,7 +22,42 @@ class ExactPose:
         self.line_width = line_width
 
     def annotate(self, samples: Sequence[SourceSample]) -> list[Label | Skip]:
-        people = pad_sequence([sample.keypoints for sample in samples], batch_first=True)
+        people = pad_sequence([_known(sample, "keypoints") for sample in samples], batch_first=True)
         size = samples[0].image.shape[1:]
         drawings = (draw_skeletons(people, size, size, self.line_width) * 255).round().byte()
         return [Label(drawing, sample.keypoints) for drawing, sample in zip(drawings, samples, strict=True)]
+
+
+class ExactDepth:
+    """Inverse depth of generated pictures as grey, divided by the largest in the picture: white is its nearest point,
+    black infinitely far.
+
+    Where the sky is seen this is the usual scaling of MiDaS's inverse depth to its smallest and largest value; without
+    it black keeps its meaning here, so that ratios of grey levels are ratios of depths in every picture.
+    A picture of nothing but sky is skipped by name.
+    """
+
+    def annotate(self, samples: Sequence[SourceSample]) -> list[Label | Skip]:
+        return [self._label(sample, _known(sample, "depth")) for sample in samples]
+
+    def _label(self, sample: SourceSample, depth: Tensor) -> Label | Skip:
+        nearest = depth.max()
+        if nearest <= 0:
+            return Skip(f"{sample.name} has no label: nothing in it has a depth")
+        grey = (depth / nearest * 255).round().byte()
+        return Label(grey.expand(3, -1, -1), _known(sample, "keypoints"))
+
+
+class ExactEdges(LineAnnotator):
+    """Outlines of the parts of generated pictures and jumps in their depth; no pattern and no shadow is an edge."""
+
+    def find(self, sample: SourceSample) -> Tensor:
+        """Edges of one pixel's width: (H, W) bool."""
+        return _known(sample, "edges")
+
+
+def _known(sample: SourceSample, name: str) -> Tensor:
+    value = getattr(sample, name)
+    if value is None:
+        raise ValueError(f"annotator: expected a source that renders its pictures, {sample.name} comes without {name}")
+    return value

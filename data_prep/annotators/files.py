@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from data_prep.annotators import Label
-from data_prep.sources import UNREADABLE, Skip, SourceSample, crop_picture, crop_points, open_picture
+from data_prep.pictures import UNREADABLE, crop_picture, crop_points, open_picture
+from data_prep.sources import Skip, SourceSample
 from rg.points import draw_skeletons
 
 
@@ -20,10 +21,11 @@ class FileLabels:
 
     Args:
         path: the folder of the labels.
-        line_width: thickness of a limb that is drawn, in pixels of the resized picture.
+        line_width: thickness of a limb that is drawn, in pixels of the resized picture; None draws nothing: there must
+            be a PNG, as for depth and edges.
     """
 
-    def __init__(self, *, path: str, line_width: float = 2.0) -> None:
+    def __init__(self, *, path: str, line_width: float | None = 2.0) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise ValueError(f"expected a folder of labels, found none at path={path}")
@@ -36,8 +38,10 @@ class FileLabels:
         picture_file = (self.path / sample.file).with_suffix(".png")
         points_file = picture_file.with_suffix(".json")
         size = sample.image.shape[1:]
+        if not picture_file.is_file() and self.line_width is None:
+            return Skip(f"{sample.name} has no label: {picture_file} does not exist")
         if not picture_file.is_file() and not points_file.is_file():
-            return Skip(f"{sample.file.as_posix()} has no label: neither {picture_file} nor {points_file.name} exists")
+            return Skip(f"{sample.name} has no label: neither {picture_file} nor {points_file.name} exists")
         keypoints = torch.zeros(0, 18, 3)
         try:
             if points_file.is_file():

@@ -166,22 +166,33 @@ def render_videos(
     Raises:
         ValueError: no seed, fewer than two frames or one point, or a video in which no person is ever in the picture.
     """
-    if not seeds:
-        raise ValueError("expected at least one seed, got none")
-    if frames < 2 or points < 1:
-        raise ValueError(f"expected at least 2 frames and 1 point, got {frames} and {points}")
-    stills, tracks, visible, instances = [], [], [], []
-    for seed in seeds:
-        scenes = draw_video(seed, frames, kinds)
-        still = render_scenes(scenes, resolution=resolution, supersampling=supersampling, device=device)
-        if not still.instances.any():
-            raise ValueError(f"no person is in the picture in any of {frames} frames of the video of seed {seed}")
-        stage = set_stage(scenes)
-        rng = default_rng(SeedSequence((VIDEO_STREAM + 1, *seed)))
-        capsule, place = _surface_points(stage, still.instances, points, rng)
-        pixels, seen = _follow(stage, capsule, place, resolution)
-        stills.append(still)
-        tracks.append(pixels)
-        visible.append(seen)
-        instances.append(CAPSULE_INSTANCE[capsule].to(torch.uint8))
-    return Videos(Stills.join(stills), torch.stack(tracks), torch.stack(visible), torch.stack(instances))
+    if not seeds or frames < 2 or points < 1:
+        raise ValueError(f"expected at least 1 seed, 2 frames and 1 point, got {len(seeds)}, {frames} and {points}")
+    settings = {"points": points, "resolution": resolution, "supersampling": supersampling, "device": device}
+    films = [film(draw_video(seed, frames, kinds), seed=seed, **settings) for seed in seeds]
+    tables = (torch.cat([getattr(made, name) for made in films]) for name in ("tracks", "visible", "instances"))
+    return Videos(Stills.join([made.stills for made in films]), *tables)
+
+
+def film(
+    scenes: Sequence[Scene],
+    *,
+    seed: tuple[int, ...],
+    points: int,
+    resolution: int = 64,
+    supersampling: int = 2,
+    device: str | torch.device = "cpu",
+) -> Videos:
+    """Renders given scenes, such as some of `draw_video`, as one video; `seed` draws the points that are followed.
+
+    Raises:
+        ValueError: no person is in the picture in any of the scenes.
+    """
+    stills = render_scenes(scenes, resolution=resolution, supersampling=supersampling, device=device)
+    if not stills.instances.any():
+        raise ValueError(f"no person is in the picture in any of {len(scenes)} frames of the video of seed {seed}")
+    stage = set_stage(scenes)
+    rng = default_rng(SeedSequence((VIDEO_STREAM + 1, *seed)))
+    capsule, place = _surface_points(stage, stills.instances, points, rng)
+    pixels, seen = _follow(stage, capsule, place, resolution)
+    return Videos(stills, pixels[None], seen[None], CAPSULE_INSTANCE[capsule].to(torch.uint8)[None])

@@ -2,30 +2,71 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rg.heads.relative import RelativeHead, pick
+from rg.heads.relative import RelativeHead, flat_index, pick
+from rg.metrics import box_side, pck
+from rg.points import Size, cells, rescale
+
+ALPHAS = (0.05, 0.1)
 
 
 class CorrespondenceHead(RelativeHead):
-    """Reads which point of a thing a place shows. Guides; it has no loss to train with.
+    """Reads which point of a thing a place shows. It is trained on pairs of pictures and points followed in both.
 
     Args:
         repulsion: share of the energy that keeps what was at a source point from staying there, against ghosts: 0.5 in
             the authors' code, 0 in the paper.
+        temperature: of the cosines in the loss.
         hyperparameters: see ReadoutHead.
     """
 
-    def __init__(self, *, repulsion: float = 0.0, **hyperparameters: Any) -> None:
+    def __init__(self, *, repulsion: float = 0.0, temperature: float = 0.07, **hyperparameters: Any) -> None:
         if not 0 <= repulsion < 1:
             raise ValueError(f"repulsion: expected 0 <= repulsion < 1, got {repulsion}")
+        if temperature <= 0:
+            raise ValueError(f"temperature: expected more than 0, got {temperature}")
         super().__init__(**hyperparameters)
 
     @property
     def readout_span(self) -> None:
         """None: the authors' latent range factor leaves this energy alone."""
         return
+
+    def loss(self, readout: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Mean over pairs of the symmetric cross-entropy over the points that both pictures show.
+
+        A point's vector in one picture is compared with every cell of the other: softmax of cosine / temperature,
+        against the cell in which the point is there; both ways, averaged (Luo et al., 2024, section 3.2).
+
+        Args:
+            readout: (B, 2, C, H, W).
+            batch: of pairs, see rg.groups; a pair without a point that both show adds nothing.
+
+        Raises:
+            ValueError: the groups are no pairs.
+        """
+        pair, points = _pair(readout), batch["points"]
+        size = (readout.shape[-2], readout.shape[-1])
+        places = cells(points[..., :2], tuple(batch["image"].shape[-2:]), size).unbind(2)
+        entropy = sum(
+            F.cross_entropy(
+                (cosines(pair[i], pair[1 - i], places[i]) / self.hparams.temperature).transpose(1, 2),
+                flat_index(places[1 - i], size),
+                reduction="none",
+            )
+            for i in (0, 1)
+        )
+        seen = (points[..., 2] > 0).all(-1)
+        return (entropy * seen / 2).sum(1).div(seen.sum(1).clamp_min(1)).mean()
+
+    def metrics(self, readout: Tensor, batch: dict[str, Any], timestep: int) -> None:
+        """Logs PCK of the nearest neighbours of the first picture's points, by the box of those seen in the second."""
+        for alpha, values in zip(ALPHAS, pair_pck(*_pair(readout), batch), strict=True):
+            name = f"val/pck@{alpha}_t{timestep}"
+            self.log(name, values.mean(), batch_size=len(values), sync_dist=True)
 
     def energy(self, readout: Tensor, target: Tensor, *, source: Tensor, destination: Tensor) -> Tensor:
         """(repulsion - 1) * mean S(source, destination) + repulsion * mean S(source, source), per sample: (B,).
@@ -54,6 +95,49 @@ class CorrespondenceHead(RelativeHead):
         if repulsion:
             energy = energy + repulsion * _similarity(readout, target, source, counted)
         return energy
+
+
+def _pair(readout: Tensor) -> tuple[Tensor, Tensor]:
+    if readout.ndim != 5 or readout.shape[1] != 2:
+        raise ValueError(
+            f"data: CorrespondenceHead expects readouts (B,2,C,H,W) of pairs of pictures, got {tuple(readout.shape)}; "
+            "use data=correspondence"
+        )
+    return readout[:, 0], readout[:, 1]
+
+
+def cosines(first: Tensor, second: Tensor, points: Tensor) -> Tensor:
+    """Cosines of maps (B, C, H, W): the first's vectors at cells (B, n, 2), the second's at all: (B, n, H * W)."""
+    return F.normalize(pick(first, points), dim=-1) @ F.normalize(second, dim=1).flatten(2)
+
+
+def nearest(first: Tensor, second: Tensor, points: Tensor, image_size: Size) -> Tensor:
+    """Where the second map is most like the first at some points.
+
+    Args:
+        first, second: (B, C, H, W), of any features.
+        points: (B, n, 2) in pixels of an image of image_size (height, width).
+
+    Returns:
+        (B, n, 2), the centres of cells in pixels of the same.
+    """
+    size = (first.shape[-2], first.shape[-1])
+    best = cosines(first, second, cells(points, image_size, size)).argmax(-1)
+    return rescale(torch.stack([best % size[1], best // size[1]], -1).to(points), size, image_size)
+
+
+def pair_pck(first: Tensor, second: Tensor, batch: dict[str, Any]) -> list[Tensor]:
+    """For each of ALPHAS, PCK of the nearest neighbours in each pair: (B,).
+
+    Args:
+        first, second: (B, C, H, W), maps of the pictures of each pair.
+        batch: of pairs, see rg.groups.
+    """
+    source, target = batch["points"].unbind(2)
+    seen = (batch["points"][..., 2] > 0).all(-1)
+    found = nearest(first, second, source[..., :2], tuple(batch["image"].shape[-2:]))
+    side = box_side(target[..., :2], seen)
+    return [pck(found, target[..., :2], seen, side, alpha) for alpha in ALPHAS]
 
 
 def _similarity(readout: Tensor, vectors: Tensor, points: Tensor, counted: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rg.metrics import PCK
+from rg.heads.scores import SCORES
 from rg.points import COLORS, KEYPOINTS, Size, draw_skeletons, heatmaps, peaks
 from rg.readout import ReadoutHead
 
@@ -31,6 +31,7 @@ class SpatialHead(ReadoutHead):
         contrast: weight of `misplacement` in the guidance energy of variant "keypoints". The squared error is flat
             where a keypoint is read in another place, such as left for right; this is steepest there.
         hidden_channels: width of the first of three output convolutions.
+        scores: what validation measures: "pose", "depth" or "edges", see rg.heads.scores.
         hyperparameters: see ReadoutHead.
     """
 
@@ -44,10 +45,14 @@ class SpatialHead(ReadoutHead):
         sigma: float = 1.0,
         contrast: float = 0.0,
         hidden_channels: int = 128,
+        scores: str = "pose",
         **hyperparameters: Any,
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
+        known = list(SCORES) if variant == "rgb" else ["pose"]
+        if scores not in known:
+            raise ValueError(f"scores: expected one of {known} with variant={variant}, got {scores!r}")
         super().__init__(**hyperparameters)
         self.output_head = nn.Sequential(
             nn.Conv2d(self.hparams.projection_dim, hidden_channels, 3, padding=1),
@@ -56,7 +61,7 @@ class SpatialHead(ReadoutHead):
             nn.SiLU(),
             nn.Conv2d(32, 3 if variant == "rgb" else len(KEYPOINTS), 1),
         )
-        self.val_pck = nn.ModuleDict({str(t): PCK(alphas=(0.05, 0.1)) for t in self.hparams.val_timesteps})
+        self.val_scores = nn.ModuleDict({str(t): SCORES[scores].metric() for t in self.hparams.val_timesteps})
 
     def forward(self, features: list[Tensor], time_embedding: Tensor | None) -> Tensor:
         """Readout of taps (B, C_l, h_l, w_l), coarse to fine, and time embedding (B, E)."""
@@ -98,6 +103,10 @@ class SpatialHead(ReadoutHead):
         low, high = self.hparams.control_range
         return F.interpolate(picture, readout_size, mode="area") * (high - low) + low
 
+    def control(self, batch: dict[str, Any]) -> Tensor:
+        """What a batch says that the readout should be, as `encode_target` takes it: its keypoints, or its labels."""
+        return batch["keypoints"] if self.hparams.variant == "keypoints" else batch["label"]
+
     def error(self, readout: Tensor, target: Tensor, *, sparse: bool) -> Tensor:
         """Squared error per sample (B,); sparse: background and foreground elements weigh the same."""
         squared = (readout - target) ** 2
@@ -107,11 +116,9 @@ class SpatialHead(ReadoutHead):
         return balanced_mean(squared, target > background)
 
     def loss(self, readout: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Mean error over the batch; the label is the picture, or the keypoints for that variant."""
-        control = batch["keypoints"] if self.hparams.variant == "keypoints" else batch["label"]
-        target = self.encode_target(
-            control, readout_size=tuple(readout.shape[-2:]), image_size=tuple(batch["label"].shape[-2:])
-        )
+        """Mean error over the batch."""
+        sizes = {"readout_size": tuple(readout.shape[-2:]), "image_size": tuple(batch["label"].shape[-2:])}
+        target = self.encode_target(self.control(batch), **sizes)
         return self.error(readout, target, sparse=self.hparams.sparse).mean()
 
     def energy(self, readout: Tensor, target: Tensor) -> Tensor:
@@ -137,21 +144,17 @@ class SpatialHead(ReadoutHead):
         return peaks(F.avg_pool2d(torch.exp(-8 * distance), 3, 1, 1), image_size)[0]
 
     def metrics(self, readout: Tensor, batch: dict[str, Any], timestep: int) -> None:
-        """Logs PCK of the readout's pose, over held-out pictures of one person."""
-        people = (batch["keypoints"][..., 2] > 0).any(-1)
-        single = people.sum(1) == 1
-        if not single.any():
-            return
-        truth = batch["keypoints"][single][people[single]]
-        found = self.keypoints(readout[single], tuple(batch["label"].shape[-2:]))
-        metric = self.val_pck[str(timestep)]
-        metric.update(found, truth[..., :2], truth[..., 2] > 0)
+        """Logs what `scores` names, of held-out pictures; PCK over those of one person."""
+        found = SCORES[self.hparams.scores].read(self, readout, batch)
+        if found is not None:
+            self.val_scores[str(timestep)].update(*found)
 
     def on_validation_epoch_end(self) -> None:
-        for timestep, metric in self.val_pck.items():
+        prefix = SCORES[self.hparams.scores].prefix
+        for timestep, metric in self.val_scores.items():
             if metric.update_called:
-                for alpha, value in metric.compute().items():
-                    self.log(f"val/pck@{alpha}_t{timestep}", value["mean"], rank_zero_only=True)
+                for name, value in metric.compute().items():
+                    self.log(f"val/{prefix}{name}_t{timestep}", value["mean"], rank_zero_only=True)
             metric.reset()
 
     def preview(self, readout: Tensor) -> Tensor:

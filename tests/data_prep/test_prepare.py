@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-from data_prep.marionette import VOCABULARY
+from data_prep.marionette import VOCABULARY, render
 from data_prep.prepare import build, main
 from rg.backbone import DiffusionBackbone
 from rg.samples import DataError
@@ -221,6 +221,67 @@ def test_recipe_of_the_embedded_world(tmp_path, root, monkeypatch):
     assert samples.image.shape == samples.label.shape == (3, 3, 64, 64)
     assert samples.keypoints.shape == (3, 1, 18, 3) and samples.latent.shape == (3, 8, 16, 16)
     assert all(words.startswith("a person ") and set(words.split()) <= set(VOCABULARY) for words in samples.prompt)
+
+
+@pytest.mark.parametrize("control", ["depth", "edge"])
+def test_depth_and_edges_of_the_embedded_world(tmp_path, root, monkeypatch, control):
+    run_command(monkeypatch, root, f"+recipe=marionette_{control}", f"root={tmp_path}", "split=val", "n=3")
+    samples = read_shards(tmp_path / "val")
+    assert samples.label.shape == (3, 3, 64, 64) and samples.latent.shape == (3, 8, 16, 16)
+    stills = render([(0, 1, index) for index in range(3)])
+    assert torch.equal(samples.image, stills.image)
+    if control == "depth":
+        wanted = stills.depth / stills.depth.amax((1, 2), keepdim=True)
+        torch.testing.assert_close(samples.label[:, 2] / 255, wanted, rtol=0, atol=0.5 / 255 + 1e-6)
+    else:
+        assert set(samples.label.unique().tolist()) == {0, 255} and (samples.label[:, 1][stills.edges] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "skipped"),
+    [
+        (
+            "folder_depth",
+            ["recipe.annotator.path={0}/labels"],
+            {
+                "00000001": "1.png cannot be read",
+                "00000002": "{0}/labels/2.png: expected the picture's size (64, 64), found (64, 63)",
+                "00000003": "3.png has no label: {0}/labels/3.png does not exist",
+                "00000004": "{0}/labels/4.png cannot be read",
+            },
+        ),
+        (
+            "folder_edge",
+            [],
+            {"00000001": "1.png cannot be read", "00000005": "5.png has no label: no edge was found"},
+        ),
+    ],
+)
+def test_depth_and_edges_of_ones_own_pictures(tmp_path, root, monkeypatch, capsys, recipe, words, skipped):
+    for name in ("pictures", "labels"):
+        (tmp_path / name).mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(7):
+        picture = rng.integers(256, size=(64, 64, 3), dtype=np.uint8) * (number != 5)
+        Image.fromarray(picture).save(tmp_path / f"pictures/{number}.png")
+        Image.fromarray(picture[:, : 63 if number == 2 else 64, 0]).save(tmp_path / f"labels/{number}.png")
+    (tmp_path / "pictures/1.png").write_bytes(b"no picture")
+    (tmp_path / "labels/3.png").rename(tmp_path / "labels/3.json")
+    (tmp_path / "labels/4.png").write_bytes(b"no picture")
+    words = [word.format(tmp_path) for word in words]
+    shares = [f"recipe.source.{share}=0" for share in ("validation_share", "test_share")]
+    out = [f"root={tmp_path}/out", f"recipe.source.path={tmp_path}/pictures"]
+    run_command(monkeypatch, root, f"+recipe={recipe}", *out, *shares, *words)
+    assert f"{7 - len(skipped)} samples, {len(skipped)} skipped (manifest.json)" in capsys.readouterr().out
+    named = json.loads((tmp_path / "out/train/manifest.json").read_text())["skipped"]
+    assert named.keys() == skipped.keys()
+    assert all(named[key].startswith(reason.format(tmp_path)) for key, reason in skipped.items()), named
+    labels = read_shards(tmp_path / "out/train").label
+    if recipe == "folder_depth":
+        own = np.asarray(Image.open(tmp_path / "labels/6.png"))
+        assert torch.equal(labels[-1], torch.tensor(own).expand(3, -1, -1))
+    else:
+        assert labels.amax((1, 2, 3)).eq(255).all()
 
 
 def run_command(monkeypatch, root, *words):

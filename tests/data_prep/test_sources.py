@@ -1,12 +1,14 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from data_prep.annotators.exact import ExactPose
 from data_prep.annotators.files import FileLabels
-from data_prep.sources import FolderSource, MarionetteSource, Skip, crop_box, crop_picture, crop_points
+from data_prep.pictures import crop_box, crop_picture, crop_points
+from data_prep.sources import FolderSource, MarionetteSource, Skip
 from rg.points import draw_skeletons
 
 
@@ -104,6 +106,22 @@ def test_skeleton_is_drawn_where_there_is_only_json(pictures, labels):
     save(labels / "a.png", (16, 16))
     label = label_all(folder(pictures, 16), labels)[0]
     assert not label.picture.any() and len(label.keypoints) == 1
+
+
+def test_pictures_of_16_bits_keep_their_levels(pictures, labels):
+    save(pictures / "a.png", (4, 4))
+    levels = (np.arange(16, dtype=np.uint16) * 4369).reshape(4, 4)  # 0, 1/15, ..., 1 of 65535
+    Image.fromarray(levels).save(labels / "a.png")
+    label = label_all(folder(pictures), labels)[0]
+    assert label.picture[0].flatten().tolist() == [17 * i for i in range(16)]
+    assert (label.picture == label.picture[0]).all()
+
+
+def test_nothing_is_drawn_without_a_line_width(pictures, labels):
+    save(pictures / "a.png", (16, 16))
+    (labels / "a.json").write_text(json.dumps({"keypoints": [person(k0=(8, 4), k1=(8, 9))]}))
+    (skip,) = label_all(folder(pictures, 16), labels, line_width=None)
+    assert skip == Skip(f"a.png has no label: {labels / 'a.png'} does not exist")
 
 
 def test_prompt_is_the_text_beside_the_picture(pictures):

@@ -70,7 +70,7 @@ def test_convolutions_before_the_upsampling_change_nothing():
 def test_taps_are_mixed_by_softmax():
     channels, sizes = [12, 8], [4, 4]
     network, features = make_network(channels), make_features(channels, sizes)
-    parts = [net(f, None, (4, 4)) for net, f in zip(network.bottlenecks, features, strict=True)]
+    parts = [net(f, None, (4, 4), torch.tensor(1.0)) for net, f in zip(network.bottlenecks, features, strict=True)]
     network.mixing_weights.data = torch.tensor([0.0, 3.0]).log()  # softmax: 0, 1
     torch.testing.assert_close(network(features, None), parts[1])
     network.mixing_weights.data = torch.tensor([1.0, 3.0]).log() + 5  # softmax: 1/4, 3/4, whatever is added

@@ -1,10 +1,12 @@
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 from rg.backbone import DiffusionBackbone
 from rg.heads.spatial import SpatialHead
+from rg.inversion import invert
 from rg.models import MODELS, locate
+from tests.families import build
 
 
 @pytest.fixture
@@ -121,6 +123,17 @@ def test_a_saved_pipeline_loads(backbone, tmp_path):
     assert loaded.autoencoder_id == backbone.autoencoder_id
     x_t, timesteps = torch.randn(1, 4, 8, 8), torch.tensor([7])
     torch.testing.assert_close(loaded.predict(x_t, timesteps).output, backbone.predict(x_t, timesteps).output)
+
+
+def test_a_schedule_of_another_kind_becomes_one_that_ddim_can_follow_and_invert(tokenizer, tmp_path):
+    pipe = build("pixart", tokenizer)
+    pipe.scheduler = DPMSolverMultistepScheduler()  # as PixArt's: linear betas, spaced from end to end, no clipping
+    pipe.save_pretrained(tmp_path)
+    backbone = DiffusionBackbone.from_pretrained(str(tmp_path), device="cpu")
+    config = backbone.pipeline.scheduler.config
+    assert (config.clip_sample, config.timestep_spacing, config.beta_end) == (False, "trailing", 0.02)
+    torch.testing.assert_close(backbone.alphas_cumprod, pipe.scheduler.alphas_cumprod)
+    assert invert(backbone, torch.randn(1, 4, 8, 8), num_inference_steps=3).shape == (1, 4, 8, 8)
 
 
 def test_locate_prefers_a_path_then_a_shipped_model(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ class GaussianDenoiser(ModelMixin, ConfigMixin):
         self.register_buffer("abar", torch.zeros(1000, dtype=torch.float64))
 
     def forward(self, sample, timestep, encoder_hidden_states=None, return_dict=True, **others):
-        x, abar = self.up_blocks[0].resnets[0].conv2(sample), self.abar[timestep.long()]
+        x, abar = self.up_blocks[0].resnets[0].conv2(sample), self.abar[timestep.long()].view(-1, 1, 1, 1)
         noise = (1 - abar).sqrt() * (x - abar.sqrt() * MEAN) / (abar * SPREAD**2 + 1 - abar)
         v = (noise - (1 - abar).sqrt() * x) / abar.sqrt()
         return (noise if self.config.prediction_type == "epsilon" else v,)

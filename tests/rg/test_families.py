@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
 from rg.backbone import DiffusionBackbone
+from rg.denoisers import denoiser_of
 from rg.guidance import GuidanceTerm, ReadoutGuidance
+from rg.heads import SpatialHead
 from rg.hooks import predict, take_rows
 from rg.schedules import alpha_bar
 from rg.targets import FixedTarget
@@ -22,11 +24,13 @@ def calls_of(pipe):
     calls = []
 
     def before(_module, given, others):
-        calls.append([given[0].clone(), given[1], take_rows(others, slice(None), len(given[0]))])
+        others = take_rows(others, slice(None), len(given[0]))
+        timestep = given[1] if len(given) > 1 else others.pop("timestep")[0]
+        calls.append([given[0].clone(), timestep, others])
 
     handles = [
-        pipe.unet.register_forward_pre_hook(before, with_kwargs=True),
-        pipe.unet.register_forward_hook(lambda _m, _g, output: calls[-1].append(output[0])),
+        denoiser_of(pipe).register_forward_pre_hook(before, with_kwargs=True),
+        denoiser_of(pipe).register_forward_hook(lambda _m, _g, output: calls[-1].append(output[0])),
     ]
     return calls, handles
 
@@ -47,7 +51,8 @@ def traces(pipe):
         for name, module in part.named_modules()
     }
     flags = {(key, name): p.requires_grad for key, part in parts.items() for name, p in part.named_parameters()}
-    return modules, flags, sorted(vars(pipe.scheduler)), {key: id(part) for key, part in parts.items()}
+    names = sorted(vars(pipe)), sorted(vars(pipe.scheduler))
+    return modules, flags, names, {key: id(part) for key, part in parts.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,24 +80,27 @@ def test_what_is_added_is_the_gradient_of_the_energy(tokenizer, family):
     for handle in handles:
         handle.remove()
     (sample, timestep, others, plain), (_, _, _, guided) = calls[0], calls[count]
-    pipe.unet.requires_grad_(False)
+    denoiser = denoiser_of(pipe).requires_grad_(False)
     x = sample.clone().requires_grad_()
-    features = predict(pipe.unet, x, timestep, **others).features
+    features = predict(denoiser, x, timestep, **others).features
     gradient = torch.autograd.grad(brightness(features, None).sum(), x)[0][:, :4].unflatten(0, (2, 2)).sum(0)
     abar = pipe.scheduler.alphas_cumprod[timestep]
     expected = 1e3 * (1 - abar).sqrt() * gradient
     if pipe.scheduler.config.prediction_type == "v_prediction":
         expected = expected / abar.sqrt()
     assert expected.abs().max() > 0.01
-    torch.testing.assert_close(guided - plain, expected.repeat(2, 1, 1, 1), rtol=1e-3, atol=1e-4)
+    delta = expected.repeat(2, 1, 1, 1)
+    torch.testing.assert_close((guided - plain)[:, :4], delta, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(guided[:, 4:], plain[:, 4:])  # PixArt's variance
 
 
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
         *((family, {"normalize": "rms", "readout_scale": 1.0}) for family in FAMILIES),
-        *((family, {"update": "adam", "learning_rate": 0.3}) for family in ("sd21", "sdxl", "sdxl_adapter")),
+        *((family, {"update": "adam", "learning_rate": 0.3}) for family in ("sd21", "sdxl", "sdxl_adapter", "pixart")),
         *((family, {"update": "adam", "learning_rate": 0.3, "branch": "both"}) for family in ("sd15_inpaint",)),
+        ("pixart", {"normalize": "rms", "checkpointing": True}),
     ],
 )
 def test_the_guided_energy_falls(tokenizer, family, settings):
@@ -120,14 +128,15 @@ def test_the_guided_energy_falls(tokenizer, family, settings):
 )
 def test_sizes_batches_and_prompts(tokenizer, tiny_head, family, changes):
     pipe = build(family, tokenizer)
-    head = tiny_head(pipe.unet, variant="rgb", time_convention="mirrored")
+    head = tiny_head(denoiser_of(pipe), variant="rgb", time_convention="mirrored")
     height, width = changes.get("size", (32, 32))
     control = FixedTarget(torch.rand(1, 3, height, width) * 2 - 1)
     guidance = ReadoutGuidance([GuidanceTerm(head, control)], readout_scale=0.0, keep_readouts=True)
     plain = denoise(pipe, family, steps=2, **changes)
     torch.testing.assert_close(denoise(pipe, family, guidance, steps=2, **changes), plain, rtol=1e-5, atol=1e-5)
     readout = guidance.trace[-1].readouts[0]
-    assert readout.shape == (len(plain), 3, height // 2, width // 2)
+    cell = 4 if family == "pixart" else 2  # pixels: two cells per latent, or per patch of 2x2 latents, of 4x4 pixels
+    assert readout.shape == (len(plain), 3, height // cell, width // cell)
     assert guidance.trace[-1].energy.shape == (len(plain),) and len(guidance.trace) == 2
     strong = ReadoutGuidance([GuidanceTerm(head, control)], normalize="rms", readout_scale=0.5)
     assert not torch.allclose(denoise(pipe, family, strong, steps=2, **changes), plain, atol=1e-2)
@@ -148,6 +157,13 @@ def test_sizes_batches_and_prompts(tokenizer, tiny_head, family, changes):
         ("sdxl", {"guidance_scale": 1.0, "prompt": ["", ""]}, "shared"),
         ("sdxl_controlnet", {"negative_prompt": [""] * 2}, "shared"),
         ("sdxl_adapter", {}, "own"),
+        ("pixart", {}, "shared"),
+        ("pixart", {"negative_prompt": "sand"}, "own"),
+        ("pixart", {"max_sequence_length": 20}, "own"),
+        ("pixart", {"guidance_scale": 1.0}, "own"),
+        ("pixart", {"guidance_scale": 1.0, "prompt": ["", ""]}, "shared"),
+        ("pixart_alpha", {}, "shared"),
+        ("pixart_alpha", {"negative_prompt": "sand", "size": (32, 48)}, "own"),
     ],
 )
 def test_features_are_read_under_the_heads_own_condition(tokenizer, tiny_head, family, arguments, condition):
@@ -165,7 +181,7 @@ def test_features_are_read_under_the_heads_own_condition(tokenizer, tiny_head, f
     for handle in handles:
         handle.remove()
     assert [step.condition for step in guidance.trace] == [condition] * 2
-    if "_" in family:
+    if family in ("sdxl_controlnet", "sdxl_adapter"):
         return  # the adapter's residuals come on top
     x, timestep = calls[0][0][:2], calls[0][1].expand(2)
     backbone = DiffusionBackbone(pipe)
@@ -174,7 +190,7 @@ def test_features_are_read_under_the_heads_own_condition(tokenizer, tiny_head, f
     torch.testing.assert_close(seen[0][1], backbone.embed_time(timestep))
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sdxl_inpaint"])
+@pytest.mark.parametrize("family", ["sdxl", "sdxl_inpaint", "pixart"])
 def test_a_scheduler_that_scales_its_sample(tokenizer, family):
     pipe = build(family, tokenizer, scheduler=EulerDiscreteScheduler)
     calls, handles = calls_of(pipe)
@@ -184,7 +200,7 @@ def test_a_scheduler_that_scales_its_sample(tokenizer, family):
     assert not torch.allclose(denoise(pipe, family, guidance, steps=2), plain, atol=1e-3)
     pipe.scheduler.set_timesteps(2)
     factor = 1e3 * (1 - alpha_bar(pipe.scheduler, pipe.scheduler.timesteps[0])).sqrt()
-    delta = calls[count][3] - calls[0][3]
+    delta = (calls[count][3] - calls[0][3])[:, :4]
     norm = guidance.trace[0].gradient_norm * factor
     torch.testing.assert_close(delta[:2].flatten(1).norm(dim=1), norm, rtol=1e-3, atol=1e-4)
     for handle in handles:
@@ -198,6 +214,7 @@ def test_a_scheduler_that_scales_its_sample(tokenizer, family):
         ("sd15_controlnet", {"control_guidance_end": 0.5}),
         ("sdxl_adapter", {"adapter_conditioning_factor": 0.5}),
         ("sd15", {"eta": 1.0}),
+        ("pixart", {"eta": 1.0}),
     ],
     ids=lambda value: str(value),
 )
@@ -208,6 +225,38 @@ def test_the_pipelines_own_arguments_keep_their_meaning(tokenizer, family, argum
     for branch in ("uncond", "cond", "both"):
         guidance = ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=0.0, branch=branch)
         torch.testing.assert_close(denoise(pipe, family, guidance, **arguments), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pose_head_learns_on_a_saved_transformer_and_guides_it(tokenizer, poses, tmp_path):
+    build("pixart", tokenizer).save_pretrained(tmp_path / "model")
+    backbone = DiffusionBackbone.from_pretrained(str(tmp_path / "model"), device="cpu")
+    torch.manual_seed(0)
+    widths = {name: getattr(backbone, name) for name in ("tap_channels", "time_embed_dim", "condition_dim")}
+    small = {"projection_dim": 16, "norm_groups": 2, "hidden_channels": 8, "output_scale": 2}
+    head = SpatialHead(variant="keypoints", **widths, **small).attach_backbone(backbone)
+    samples = {"keypoints": poses(4), "label": torch.zeros(4, 3, 32, 32), "index": torch.arange(4)}
+    samples |= {"latent_mean": torch.randn(4, 4, 8, 8), "latent_std": torch.zeros(4, 4, 8, 8)}
+    optimizer, losses = torch.optim.AdamW(head.parameters(), lr=1e-2), []
+    for step in range(60):
+        batch = {**samples, "draw": torch.full((4,), step)}
+        loss = head.loss(head.read(*head.draw(batch)), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    head.save_pretrained(tmp_path / "head")
+
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    term = GuidanceTerm(SpatialHead.from_pretrained(tmp_path / "head"), FixedTarget(poses(2, seed=1)))
+    unguided = ReadoutGuidance([term], readout_scale=0.0)
+    guidance = ReadoutGuidance([term], normalize="rms")
+    for each in (unguided, guidance):
+        denoise(pipe, "pixart", each, steps=10)
+    assert [step.condition for step in guidance.trace] == ["shared"] * 10
+    assert (guidance.trace[-1].energy < unguided.trace[-1].energy).all()
+    assert (guidance.trace[-1].energy < guidance.trace[0].energy).all()
 
 
 def add_ip_adapter(unet, width, tokens=4):

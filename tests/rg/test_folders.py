@@ -39,8 +39,9 @@ def test_a_backbone_of_every_model_loads_and_runs(folders, tokenizer, model, pre
     assert isinstance(backbone.pipeline.scheduler, DDIMScheduler)
     assert backbone.pipeline.scheduler.config.prediction_type == ("v_prediction" if model == "sd21" else "epsilon")
     assert backbone.denoiser.dtype == getattr(torch, precision) and backbone.vae.dtype == torch.float32
-    assert (backbone.resolution, backbone.latent_size, backbone.tap_channels) == ((32, 32), (8, 8), [16, 16, 8, 8])
-    assert backbone.condition_dim == {"sd15": 8, "sd21": 12, "sdxl": 16}[model]
+    taps = [24, 24, 24] if model == "pixart" else [16, 16, 8, 8]
+    assert (backbone.resolution, backbone.latent_size, backbone.tap_channels) == ((32, 32), (8, 8), taps)
+    assert backbone.condition_dim == {"sd15": 8, "sd21": 12, "sdxl": 16, "pixart": 10}[model]
     for name in ("text_encoder", "text_encoder_2"):
         module = getattr(backbone.pipeline, name, None)
         assert module is None or not (module.training or any(p.requires_grad for p in module.parameters()))
@@ -64,6 +65,17 @@ def test_pipelines_on_top_of_a_model_save_and_load(tokenizer, tmp_path, family):
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is type(pipe)
     torch.testing.assert_close(denoise(loaded, family, steps=2), denoise(pipe, family, steps=2), rtol=1e-4, atol=1e-4)
+
+
+def test_pixart_under_the_transformers_former_name(folders, tmp_path):
+    # As the repositories of the hub have it.
+    shutil.copytree(folders / "pixart", tmp_path / "pixart")
+    for name in ("model_index.json", "transformer/config.json"):
+        path = tmp_path / "pixart" / name
+        path.write_text(path.read_text().replace("PixArtTransformer2DModel", "Transformer2DModel"))
+    backbone, plain = (DiffusionBackbone.from_pretrained(str(root / "pixart")) for root in (tmp_path, folders))
+    x_t, timesteps = torch.randn(1, 4, 8, 8), torch.tensor([7])
+    assert torch.equal(backbone.predict(x_t, timesteps).output, plain.predict(x_t, timesteps).output)
 
 
 def test_half_precision_files_are_a_variant(tokenizer, tmp_path):
@@ -133,7 +145,7 @@ def test_a_pipeline_without_the_taps_is_named(tmp_path, tokenizer):
         num_attention_heads=2, attention_head_dim=8, sample_size=8, num_layers=1, norm_num_groups=4
     )
     DiTPipeline(transformer, build("sd15", tokenizer).vae, DDIMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"expected one with a U-Net as pipe.unet, got a DiTPipeline"):
+    with pytest.raises(ValueError, match=r"expected a U-Net as pipe.unet .* or PixArt's .*, got a DiTPipeline"):
         DiffusionBackbone.from_pretrained(str(tmp_path))
 
 

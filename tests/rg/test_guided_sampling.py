@@ -13,8 +13,8 @@ from diffusers import (
 )
 
 from rg.backbone import DiffusionBackbone
+from rg.denoisers import embed_time, taps
 from rg.guidance import GuidanceTerm, ReadoutGuidance
-from rg.hooks import embed_time, taps
 from rg.targets import FixedTarget
 
 SCHEDULERS = [DDIMScheduler, DDPMScheduler, PNDMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler]

@@ -5,8 +5,9 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from rg.backbone import DiffusionBackbone
+from rg.denoisers import embed_time
 from rg.guidance import GuidanceTerm, ReadoutGuidance
-from rg.hooks import embed_time, predict
+from rg.hooks import predict
 from rg.targets import FixedTarget
 
 ANOTHER = "grass at dusk"

@@ -1,9 +1,9 @@
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from torch import nn
 
-from rg.hooks import embed_time, hooked, predict, take_rows, taps
+from rg.denoisers import taps
+from rg.hooks import hooked, predict, take_rows
 
 
 @pytest.fixture
@@ -28,14 +28,6 @@ def snapshot(module):
         for name, part in module.named_modules()
     }
     return attributes, {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-
-
-def test_taps_are_the_decoders_second_convolutions_coarse_to_fine(unet):
-    found = taps(unet)
-    assert list(found) == [f"up_blocks.{i}.resnets.{j}.conv2" for i in (0, 1) for j in (0, 1)]
-    assert all(module is unet.get_submodule(name) for name, module in found.items())
-    with pytest.raises(ValueError, match=r"up_blocks\[i\].resnets\[j\].conv2, got Linear"):
-        taps(nn.Linear(1, 1))
 
 
 def test_prediction_is_the_models_output_and_what_its_taps_gave(unet, inputs):
@@ -69,16 +61,6 @@ def test_recomputation_in_the_backward_pass_adds_no_features_and_keeps_the_gradi
         gradients.append(torch.autograd.grad(sum(f.square().sum() for f in features), sample)[0])
         assert len(features) == 4
     torch.testing.assert_close(*gradients)
-
-
-def test_time_embedding_is_the_models_own_also_at_fractional_times(unet):
-    given = []
-    unet.time_embedding.register_forward_hook(lambda _m, _i, output: given.append(output))
-    times = torch.tensor([3.0, 500.25])
-    unet(torch.zeros(2, 4, 8, 8), times, encoder_hidden_states=torch.zeros(2, 5, 8))
-    embedding = embed_time(unet, times)
-    assert torch.equal(embedding, given[0])
-    assert not embedding.requires_grad
 
 
 def test_take_rows_slices_the_batch_axis_wherever_it_is_nested():

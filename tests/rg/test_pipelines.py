@@ -14,6 +14,10 @@ from diffusers import (
     DiTTransformer2DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGPipeline,
     UNet2DModel,
@@ -21,6 +25,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from rg.backbone import DiffusionBackbone
+from rg.denoisers import denoiser_of
 from rg.guidance import GuidanceTerm, ReadoutGuidance
 from rg.targets import FixedTarget
 from tests.families import build, denoise
@@ -43,7 +48,7 @@ def strong(head=prompted):
     return ReadoutGuidance([GuidanceTerm(head)], readout_scale=0.5, normalize="rms")
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_controlnet"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_controlnet", "pixart"])
 def test_model_offload(tokenizer, family):
     # On the CPU as the device that computes: the same hooks, and the same exchange of them after every call.
     plain, guided = (denoise(build(family, tokenizer), family, guidance) for guidance in (None, strong()))
@@ -55,12 +60,12 @@ def test_model_offload(tokenizer, family):
             torch.testing.assert_close(denoise(pipe, family), guided)
             assert len(guidance.trace) == 4
             guidance.trace.clear()
-    assert "readout_guidance" not in repr(getattr(pipe.unet, "_diffusers_hook", ""))
+    assert "readout_guidance" not in repr(getattr(denoiser_of(pipe), "_diffusers_hook", ""))
     torch.testing.assert_close(denoise(pipe, family), plain)
     assert not guidance.trace
     pipe.remove_all_hooks()
     torch.testing.assert_close(denoise(pipe, family), plain)
-    assert not hasattr(pipe.unet, "_old_forward")
+    assert not hasattr(denoiser_of(pipe), "_old_forward")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -83,7 +88,7 @@ def test_hooks_that_move_weights_away_are_refused(tokenizer, move):
         pipe.unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     else:
         pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    with pytest.raises(ValueError, match="expected the U-Net's weights to stay in place until the backward pass"):
+    with pytest.raises(ValueError, match="expected the denoiser's weights to stay in place until the backward pass"):
         denoise(pipe, "sd15", strong())
 
 
@@ -111,21 +116,24 @@ def test_attention_backends(tokenizer, change):
 
 
 @pytest.mark.parametrize("where", ["whole", "block", "wrapper"])
-def test_compiled_parts_that_hold_taps_run_uncompiled_and_say_so(tokenizer, where, caplog):
-    guided = denoise(build("sd15", tokenizer), "sd15", strong())
-    pipe = build("sd15", tokenizer)
+@pytest.mark.parametrize(("family", "part"), [("sd15", "unet"), ("pixart", "transformer")])
+def test_compiled_parts_that_hold_taps_run_uncompiled_and_say_so(tokenizer, family, part, where, caplog):
+    guided = denoise(build(family, tokenizer), family, strong())
+    pipe = build(family, tokenizer)
+    denoiser = getattr(pipe, part)
     if where == "whole":
-        pipe.unet.compile(backend="eager")
+        denoiser.compile(backend="eager")
     elif where == "block":
-        pipe.unet.up_blocks[0].compile(backend="eager")
+        (denoiser.up_blocks if family == "sd15" else denoiser.transformer_blocks)[0].compile(backend="eager")
     else:
-        pipe.unet = torch.compile(pipe.unet, backend="eager")
-    unet = pipe.unet
-    compiled = [module._compiled_call_impl for module in unet.modules()]
+        setattr(pipe, part, torch.compile(denoiser, backend="eager"))
+    denoiser = getattr(pipe, part)
+    compiled = [module._compiled_call_impl for module in denoiser.modules()]
     with caplog.at_level(logging.WARNING, "rg.pipelines"):
-        torch.testing.assert_close(denoise(pipe, "sd15", strong()), guided)
+        torch.testing.assert_close(denoise(pipe, family, strong()), guided)
     assert "run uncompiled while guidance is attached" in caplog.text
-    assert pipe.unet is unet and [module._compiled_call_impl for module in unet.modules()] == compiled
+    assert getattr(pipe, part) is denoiser
+    assert [module._compiled_call_impl for module in denoiser.modules()] == compiled
 
 
 def test_compiled_attention_blocks_stay_compiled(tokenizer, caplog):
@@ -194,13 +202,27 @@ def refuse(pipe, guidance, words):
         pass
 
 
+def other_transformers():
+    """Pipelines around transformers that have no taps: tiny ones of DiT, Stable Diffusion 3 and Flux."""
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8}
+    vae, flow = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4), FlowMatchEulerDiscreteScheduler()
+    small = {"joint_attention_dim": 8, "pooled_projection_dim": 8, "in_channels": 4, "num_layers": 1}
+    sd3 = SD3Transformer2DModel(sample_size=8, caption_projection_dim=16, **heads, **small)
+    flux = FluxTransformer2DModel(num_single_layers=1, axes_dims_rope=(2, 2, 4), **heads, **small)
+    texts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    return [
+        DiTPipeline(DiTTransformer2DModel(sample_size=8, norm_num_groups=4, **heads), vae, DDPMScheduler()),
+        StableDiffusion3Pipeline(sd3, flow, vae, **texts, text_encoder_3=None, tokenizer_3=None),
+        FluxPipeline(flow, vae, **texts, transformer=flux),
+    ]
+
+
 def test_pipelines_without_the_taps_are_named():
-    dit = DiTPipeline(
-        DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, sample_size=8, norm_num_groups=4),
-        AutoencoderKL(block_out_channels=(8,), norm_num_groups=4),
-        DDPMScheduler(),
-    )
-    refuse(dit, strong(), r"expected one with a U-Net as pipe.unet, got a DiTPipeline of \['transformer', 'vae'\]")
+    words = r"expected a U-Net as pipe.unet \(Stable Diffusion 1, 2, SDXL\) or PixArt's transformer as pipe.transformer"
+    for pipe in other_transformers():
+        refuse(pipe, strong(), rf"{words}, got a {type(pipe).__name__} of \[.*'transformer'.*\]")
+        with pytest.raises(ValueError, match=words):
+            DiffusionBackbone(pipe)
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     unet = UNet2DModel(block_out_channels=(8,), norm_num_groups=4, **blocks)
     refuse(DDPMPipeline(unet, DDPMScheduler()), strong(), "makes pictures from text, got a DDPMPipeline")

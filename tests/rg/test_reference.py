@@ -7,6 +7,7 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
 from rg.backbone import DiffusionBackbone
+from rg.denoisers import denoiser_of
 from rg.guidance import GuidanceTerm, ReadoutGuidance
 from rg.inversion import invert
 from rg.targets import ReferenceTarget
@@ -33,7 +34,7 @@ def starts(count, seed=0):
 
 
 @pytest.mark.parametrize("branch", ["uncond", "cond", "both"])
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_controlnet"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_controlnet", "pixart"])
 def test_recording_changes_nothing_and_the_same_run_is_at_distance_zero(tokenizer, family, branch):
     pipe = build(family, tokenizer)
     reference = ReferenceTarget()
@@ -41,8 +42,9 @@ def test_recording_changes_nothing_and_the_same_run_is_at_distance_zero(tokenize
     plain = denoise(pipe, family)
     with guidance.record(pipe):
         torch.testing.assert_close(denoise(pipe, family), plain, rtol=1e-5, atol=1e-5)
-    assert not hasattr(pipe.unet, "_diffusers_hook")
-    assert reference.nbytes == 4 * (4 * 2 * 8 * 8 * 8) * (2 if branch == "both" else 1)
+    assert not hasattr(denoiser_of(pipe), "_diffusers_hook")
+    readout = 24 * 4 * 4 if family == "pixart" else 8 * 8 * 8
+    assert reference.nbytes == 4 * (4 * 2 * readout) * (2 if branch == "both" else 1)
     denoise(pipe, family, guidance)
     assert len(guidance.trace) == 4
     assert all((step.energy.abs() < 1e-5).all() for step in guidance.trace)
@@ -151,7 +153,8 @@ def test_a_shortened_run_counts_its_own_steps(tokenizer, family):
 def test_a_real_picture_is_inverted_recorded_and_guides(tokenizer, model, dtype):
     pipe = build(model, tokenizer, dtype=dtype)
     with torch.no_grad():
-        pipe.unet.conv_out.weight *= 0.02  # random weights say something else at every step: nothing could invert them
+        last = pipe.transformer.proj_out if model == "pixart" else pipe.unet.conv_out
+        last.weight *= 0.02  # random weights say something else at every step: nothing could invert them
     backbone = DiffusionBackbone(pipe)
     picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = backbone.encode(picture)[0]

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rg.denoisers import embed_time, taps
 from rg.guidance import GuidanceTerm, ReadoutGuidance
 from rg.heads import AppearanceHead, CorrespondenceHead
 from rg.heads.relative import pick
-from rg.hooks import embed_time, taps
 from rg.targets import ReferenceTarget
 
 POINTS = {"source": torch.tensor([[[1, 2], [5, 3]]]), "destination": torch.tensor([[[3, 2], [6, 6]]])}

@@ -117,8 +117,24 @@ def test_a_picture_is_written_and_read_back_as_a_control(tmp_path):
     )
 
 
+def test_a_grey_picture_is_a_control(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "depth.png")
+    control = FixedTarget(load_control(tmp_path / "depth.png", (16, 16))).control
+    torch.testing.assert_close(control, torch.tensor(grey).expand(1, 3, -1, -1) / 127.5 - 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"half"])
+def test_a_damaged_picture_is_named(tmp_path, content):
+    path = tmp_path / "control.png"
+    Image.new("RGB", (64, 64)).save(path)
+    path.write_bytes(path.read_bytes()[:60] if content == b"half" else content)
+    with pytest.raises(ValueError, match=f"control={path}: expected a picture, found "):
+        load_control(path, (64, 64))
+
+
 def test_a_control_of_another_mode_is_named(tmp_path):
-    for mode in ("RGBA", "L"):
+    for mode in ("RGBA", "I;16"):
         Image.new(mode, (8, 8)).save(tmp_path / "control.png")
         with pytest.raises(ValueError, match=f"control: picture 0 has mode {mode}, expected RGB"):
             FixedTarget(load_control(tmp_path / "control.png", (8, 8)))

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from lightning import Callback
 
+from experiments.ship_head import ship
 from rg.backbone import DiffusionBackbone
 from rg.heads import load_head
 from rg.train import train
@@ -29,9 +31,9 @@ class Crash(Callback):
             raise RuntimeError("power cut")
 
 
-def run(data, run_dir, *overrides, checkpoint_every=3, crash_at=None):
+def run(data, run_dir, *overrides, experiment="pose_100", checkpoint_every=3, crash_at=None):
     """Trains a tiny head on 12 pictures: 6 steps of 4 pictures, epochs of 4 steps."""
-    words = ["+experiment=pose_100", "~logger.wandb", f"run_dir={run_dir}", f"data.builder.root={data}"]
+    words = [f"+experiment={experiment}", "~logger.wandb", f"run_dir={run_dir}", f"data.builder.root={data}"]
     words += [
         "data.size=12",
         "data.val_size=4",
@@ -127,6 +129,32 @@ def test_another_seed_is_another_run(folder, uninterrupted):
     other = run(folder / "data", folder / "other", "seed=1", "trainer.max_steps=1")
     assert logged(folder / "other", "train/loss")[0] != logged(folder / "whole", "train/loss")[0]
     assert other.hparams.seed == 1
+
+
+@pytest.mark.parametrize(
+    ("experiment", "scores"), [("depth", {"si_log": 5.0, "delta1.25": 1.0}), ("edge", {"f@1px": 1.0})]
+)
+def test_depth_and_edges_are_trained_and_scored(folder, experiment, scores):
+    words = [f"data.builder.root={folder / experiment}", "trainer.max_steps=4"]
+    head = run(folder / "data", folder / f"{experiment}_run", *words, experiment=experiment)
+    for level in LEVELS:
+        for name, most in scores.items():
+            (value,) = logged(folder / f"{experiment}_run", f"val/{name}_t{level}").values()
+            assert 0 <= float(value) <= most
+    shipped = ship(with_hydras_files(folder / f"{experiment}_run", experiment), experiment, folder / "models")
+    card = (shipped / "README.md").read_text()
+    assert all(f"| {name} | 0." in card or f"| {name} | 1." in card for name in scores), card
+    assert load_head(shipped).hparams == head.hparams
+
+
+def with_hydras_files(run_dir, experiment):
+    """What the command itself leaves beside a run."""
+    config = {"seed": 0, "world": {"name": "marionette"}, "trainer": {"max_steps": 4}}
+    config["data"] = {"size": 12, "val_size": 4, "batch_size": 4}
+    (run_dir / ".hydra").mkdir()
+    (run_dir / ".hydra/config.yaml").write_text(yaml.safe_dump(config))
+    (run_dir / ".hydra/overrides.yaml").write_text(yaml.safe_dump([f"+experiment={experiment}"]))
+    return run_dir
 
 
 def test_bad_settings_end_a_run_before_any_work(folder):

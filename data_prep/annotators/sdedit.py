@@ -1,0 +1,73 @@
+"""Triplets: a picture, another one of the same things, and the first edited by the model itself."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoPipelineForImage2Image
+from torch import Tensor
+
+from data_prep.annotators import GroupLabel
+from data_prep.groups import SourceGroup
+from data_prep.sources import Skip
+from rg.backbone import DiffusionBackbone
+
+# Always the same number of pictures are edited at once: the last bits depend on it.
+BATCH = 10
+
+
+class SDEdit:
+    """Edits the first picture of each group (Meng et al., 2022): its layout stays, its appearance changes.
+
+    The pictures of a label are the first, the last, the edited one, and the negatives that the source knows. An edit
+    depends on picture, prompt and settings alone.
+
+    Args:
+        strength: share of the noise schedule that is gone back and through again, in (0, 1].
+        guidance_scale: strength of the prompt.
+        num_inference_steps: of the whole schedule, of which the share `strength` is run.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self, *, strength: float = 0.5, guidance_scale: float = 3.5, num_inference_steps: int = 50, seed: int = 0
+    ) -> None:
+        if not 0 < strength <= 1 or strength * num_inference_steps < 1:
+            raise ValueError(
+                f"expected strength in (0, 1] and at least one step of it, got strength={strength}, "
+                f"num_inference_steps={num_inference_steps}"
+            )
+        self.arguments = {"strength": strength, "guidance_scale": guidance_scale}
+        self.arguments["num_inference_steps"] = num_inference_steps
+        self.seed = seed
+
+    def attach_backbone(self, backbone: DiffusionBackbone) -> None:
+        """Sets the model that edits; raises ValueError where its family has no image-to-image pipeline."""
+        try:
+            self.pipe = AutoPipelineForImage2Image.from_pipe(backbone.pipeline)
+        except ValueError as error:
+            name = type(backbone.pipeline).__name__
+            raise ValueError(f"backbone: expected a model that can edit pictures, got a {name}: {error}") from error
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def annotate(self, samples: Sequence[SourceGroup]) -> list[GroupLabel | Skip]:
+        labels = []
+        for start in range(0, len(samples), BATCH):
+            batch = samples[start : start + BATCH]
+            edited = self._edit(torch.stack([sample.images[0] for sample in batch]), [s.prompt for s in batch])
+            for sample, edit in zip(batch, edited, strict=True):
+                known = sample.images[:0] if sample.negatives is None else sample.negatives
+                images = torch.cat([sample.images[[0, -1]], edit[None], known])
+                labels.append(GroupLabel(images, torch.zeros(0, len(images), 3)))
+        return labels
+
+    def _edit(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Edits of up to BATCH uint8 pictures: (B, 3, H, W) uint8."""
+        missing = BATCH - len(images)
+        padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+        names = (hashlib.sha256(f"{self.seed}/".encode() + image.numpy().tobytes()).digest()[:8] for image in padded)
+        generators = [torch.Generator("cpu").manual_seed(int.from_bytes(name, "big") >> 1) for name in names]
+        edited = self.pipe(
+            prompts + [""] * missing, image=padded / 255, generator=generators, output_type="pt", **self.arguments
+        ).images
+        return (edited[: len(images)].float() * 255).round().byte().cpu()

@@ -1,0 +1,47 @@
+"""Pictures from files: read, cropped to their centre square, and what goes with them moved alike."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from rg.points import Size, inside, rescale
+
+# What Pillow raises for a file that is no picture, a damaged one, or one that is suspiciously large.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What the files of pictures end in.
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Reads a picture as RGB, turned upright as its EXIF data says; raises one of UNREADABLE."""
+    with Image.open(path) as picture:
+        upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I"):  # 16 bits, as depth often has: Pillow would cut off what exceeds 255
+        upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+    return upright.convert("RGB")
+
+
+def crop_box(size: Size) -> tuple[int, int, int]:
+    """Left, top and side of the centre square of a picture of `size`, whole pixels; side = min(height, width)."""
+    side = min(size)
+    return (size[1] - side) // 2, (size[0] - side) // 2, side
+
+
+def crop_picture(picture: Image.Image, resolution: int) -> Tensor:
+    """The centre square, resized by area: (3, resolution, resolution) uint8."""
+    left, top, side = crop_box((picture.height, picture.width))
+    square = np.asarray(picture)[top : top + side, left : left + side]
+    resized = cv2.resize(square, (resolution, resolution), interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(resized).permute(2, 0, 1)
+
+
+def crop_points(keypoints: Tensor, size: Size, resolution: int) -> Tensor:
+    """Moves keypoints (P, K, 3) of a picture of `size` as `crop_picture` moves it; outside, they are not visible."""
+    left, top, side = crop_box(size)
+    points = rescale(keypoints[..., :2] - keypoints.new_tensor([left, top]), (side, side), (resolution, resolution))
+    visible = keypoints[..., 2] * inside(points, (resolution, resolution))
+    return torch.cat([points, visible[..., None]], -1)

@@ -1,0 +1,176 @@
+"""What experiments.benchmark runs on a model: sampling plainly, guided, as the authors' code does, and the floor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from experiments.architectures import build_backbone
+from experiments.benchmark_released import Compare, both_branches, sample_as_released
+from experiments.demo import CONF
+from rg.guidance import GuidanceTerm, ReadoutGuidance
+from rg.heads import CorrespondenceHead
+from rg.heads.relative import pick
+from rg.hooks import predict, take_rows
+from rg.precision import pull_back
+from rg.readout import ReadoutHead
+from rg.targets import FixedTarget, ReferenceTarget
+
+TASKS = ("spatial", "drag")
+# Modes that do not depend on the task, and those that do. "record" is the reference's run, for a drag alone.
+PLAIN = ("plain", "floor")
+GUIDED: dict[str, dict[str, Any]] = {
+    "score": {"update": "score"},
+    "score_checkpointing": {"update": "score", "checkpointing": True},
+    "adam": {"update": "adam"},
+}
+PROMPT, TEXT_GUIDANCE = "a person", 7.5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One model to be measured: the size of its latents, pictures per batch, steps per run."""
+
+    model: str
+    latent_side: int
+    precision: str
+    images: int
+    steps: int
+    seed: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A term of our guidance, and the same energy as the authors' schedule computes it."""
+
+    term: GuidanceTerm
+    compare: Compare
+
+
+def modes_of(task: str) -> tuple[str, ...]:
+    """Names of what is measured for a task."""
+    return (*PLAIN, *GUIDED, *(["record"] if task == "drag" else []), "released")
+
+
+class Bench:
+    """A model with frozen heads of random weights, and everything that is run on it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        where = {"latent_side": settings.latent_side, "precision": settings.precision, "device": settings.device}
+        self.backbone = build_backbone(settings.model, **where, seed=settings.seed)
+        self.pipe = self.backbone.pipeline
+        generator = torch.Generator().manual_seed(settings.seed)
+        shape = (settings.images, self.backbone.latent_channels, *self.backbone.latent_size)
+        unet = self.pipe.unet
+        self.latents, self.reference = (
+            torch.randn(shape, generator=generator).to(unet.device, unet.dtype) for _ in range(2)
+        )
+        self.pipe.scheduler.set_timesteps(settings.steps)
+        self.timesteps = self.pipe.scheduler.timesteps
+        torch.manual_seed(settings.seed)
+        self.config = OmegaConf.create(
+            {
+                "seed": settings.seed,
+                "world": OmegaConf.load(Path(CONF) / "world" / f"{settings.model}.yaml"),
+                "head": OmegaConf.load(Path(CONF) / "head" / "pose.yaml"),
+            }
+        )
+        self.tasks = {"spatial": self._spatial(generator), "drag": self._drag(generator)}
+
+    def _frozen(self, build: Callable[..., ReadoutHead], **arguments: Any) -> ReadoutHead:
+        widths = {name: getattr(self.backbone, name) for name in ("tap_channels", "time_embed_dim", "condition_dim")}
+        return build(**widths, **arguments).to(self.backbone.device).eval().requires_grad_(False)
+
+    def new_head(self) -> ReadoutHead:
+        """The world's pose head with random weights."""
+        return self._frozen(lambda **widths: instantiate(self.config.head, **widths, _convert_="all"))
+
+    def _spatial(self, generator: torch.Generator) -> Task:
+        head, size = self.new_head(), self.backbone.resolution
+        keypoints = torch.rand(self.settings.images, 1, 18, 3, generator=generator) * size[0]
+        target = FixedTarget(keypoints)
+
+        def compare(readout: Tensor, reference: Tensor) -> Tensor:
+            sizes = {"readout_size": tuple(readout.shape[-2:]), "image_size": size}
+            return head.energy(readout, target.encode(head, **sizes, device=readout.device))
+
+        return Task(GuidanceTerm(head, target), compare)
+
+    def _drag(self, generator: torch.Generator) -> Task:
+        world, images = self.config.world, self.settings.images
+        widths = {name: world[name] for name in ("projection_dim", "norm_groups", "output_scale")}
+        head = self._frozen(CorrespondenceHead, **widths, repulsion=0.5, time_convention="none")
+        side = self.settings.latent_side * world.output_scale
+        device = self.backbone.device
+        points = {
+            name: torch.randint(side, (images, 8, 2), generator=generator).to(device)
+            for name in ("source", "destination")
+        }
+        target = ReferenceTarget(keep=lambda readout: pick(readout, points["source"]), device=device)
+        # As if recorded: the memory of a guided run is measured without that of a run before it.
+        for step, timestep in enumerate(self.timesteps):
+            readout = torch.rand(1, images, world.projection_dim, side, side, generator=generator)
+            target.store(step, timestep.item(), readout.to(device))
+
+        def compare(readout: Tensor, reference: Tensor) -> Tensor:
+            return head.energy(readout, pick(reference, points["source"]), **points)
+
+        return Task(GuidanceTerm(head, target, arguments=points), compare)
+
+    def run(self, mode: str, task: str) -> None:
+        """Samples one batch with `settings.steps` steps.
+
+        Args:
+            mode: one of `modes_of(task)`.
+        """
+        if mode == "plain":
+            self._sample()
+        elif mode == "floor":
+            self._floor()
+        elif mode == "released":
+            given = self.tasks[task]
+            sample_as_released(
+                self.pipe,
+                torch.cat([self.reference, self.latents]),
+                PROMPT,
+                head=given.term.head,
+                compare=given.compare,
+                num_inference_steps=self.settings.steps,
+                guidance_scale=TEXT_GUIDANCE,
+            )
+        elif mode == "record":
+            with ReadoutGuidance([self.tasks[task].term]).record(self.pipe):
+                self._sample()
+        else:
+            with ReadoutGuidance([self.tasks[task].term], **GUIDED[mode]).attach(self.pipe):
+                self._sample()
+
+    def _sample(self) -> None:
+        # The empty negative prompt is what the heads read under, and what the authors' code gives SDXL too.
+        self.pipe(
+            [PROMPT] * self.settings.images,
+            negative_prompt=[""] * self.settings.images,
+            num_inference_steps=self.settings.steps,
+            guidance_scale=TEXT_GUIDANCE,
+            latents=self.latents,
+            output_type="latent",
+        )
+
+    def _floor(self) -> None:
+        """What no guidance of one branch can do without: two forwards and a backward per step."""
+        inputs, images = both_branches(self.pipe, PROMPT, self.latents), self.settings.images
+        empty, given = (take_rows(inputs, rows, 2 * images) for rows in (slice(0, images), slice(images, 2 * images)))
+        for timestep in self.timesteps:
+            x = self.latents.detach().requires_grad_()
+            features = predict(self.pipe.unet, x, timestep, **empty).features
+            pull_back(features, [torch.ones_like(feature, dtype=torch.float32) for feature in features], x)
+            del features
+            with torch.no_grad():
+                self.pipe.unet(self.latents, timestep, return_dict=False, **given)
