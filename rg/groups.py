@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from rg.samples import Batch, from_npy, from_png, read_member, read_words, to_npy, to_png
+from rg.samples import Batch, from_npy, from_png, read_member, read_words, to_npy, to_png, write_words
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,8 @@ class Group:
 
     def encode(self) -> dict[str, str | bytes]:
         """The group as a webdataset writer takes it: "__key__" and the bytes of each member."""
-        meta = {
-            "prompt": self.prompt,
-            "kind": self.kind,
-            "seed": self.seed,
-            "identity": self.identity,
-            "size": list(self.images.shape[2:]),
-            "pictures": len(self.images),
-            "turn": self.turn,
-            "points": self.points.tolist(),
-        }
+        meta = write_words(self, self.images)
+        meta |= {"pictures": len(self.images), "turn": self.turn, "points": self.points.tolist()}
         pictures = {f"{number}.png": to_png(picture) for number, picture in enumerate(self.images)}
         latent = to_npy(self.latents.flatten(0, 1))
         return {"__key__": f"{self.index:08d}", **pictures, "json": json.dumps(meta).encode(), "latent.npy": latent}

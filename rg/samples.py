@@ -61,14 +61,7 @@ class Sample:
 
     def encode(self) -> dict[str, str | bytes]:
         """The sample as a webdataset writer takes it: "__key__" and the bytes of each member."""
-        meta = {
-            "prompt": self.prompt,
-            "kind": self.kind,
-            "seed": self.seed,
-            "identity": self.identity,
-            "size": list(self.image.shape[1:]),
-            "keypoints": self.keypoints.tolist(),
-        }
+        meta = write_words(self, self.image) | {"keypoints": self.keypoints.tolist()}
         return {
             "__key__": f"{self.index:08d}",
             "image.png": to_png(self.image),
@@ -105,6 +98,12 @@ def read_member(raw: dict[str, Any], member: str, shard: Path, read: Callable[[b
         return read(raw[member])
     except Exception as error:  # a damaged file may fail anywhere inside its decoder
         raise DataError(f"{shard}: {member} of sample {key} cannot be used: {error}") from error
+
+
+def write_words(sample: Any, picture: Tensor) -> dict[str, Any]:
+    """What the json of every sample holds: its words, and the size of its pictures (..., H, W). See `read_words`."""
+    words = {name: getattr(sample, name) for name in ("prompt", "kind", "seed", "identity")}
+    return {**words, "size": list(picture.shape[-2:])}
 
 
 def read_words(meta: dict[str, Any]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
