@@ -34,7 +34,7 @@ def build(
     split: str = "train",
     n: int | None = None,
 ) -> Manifest:
-    """Makes the samples 0..n-1 of a split in <root>/<split>, except those that are there already; returns the manifest.
+    """Makes n samples of a split in <root>/<split>, except those that are there already; returns the manifest.
 
     The bytes of the folder depend on the settings and the largest n alone, not on how often the work was interrupted,
     continued or extended. Two processes may ask for the same folder: the second waits, and finds its work done.
@@ -46,7 +46,8 @@ def build(
         backbone: call that gives the rg.backbone.DiffusionBackbone whose autoencoder makes the latents.
         shard_size: indices per shard.
         split: one of SPLITS.
-        n: number of indices, of which the skipped ones give no sample; None takes all of a finite source.
+        n: number of samples of an endless source, which goes on where some are skipped, up to index 2n; of a finite
+            one the number of indices, of which the skipped ones give no sample; None takes all of it.
 
     Raises:
         DataError: before any work, unknown split or bad n, a source without that many pictures or of another resolution
@@ -69,7 +70,12 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         manifest = _open(folder, wanted)
-        ShardWriter(folder, manifest, maker, labels, encoder).write(stop, shard_size)
+        writer = ShardWriter(folder, manifest, maker, labels, encoder)
+        writer.write(stop, shard_size)
+        # Not for ever: where more than half are skipped, whoever reads the split says how many are missing.
+        while maker.count(split) is None and (lacking := n - len(manifest.indices())) > 0 and stop < 2 * n:
+            stop = min(stop + lacking, 2 * n)
+            writer.write(stop, shard_size)
     return manifest
 
 

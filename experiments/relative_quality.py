@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_eer
 
+from experiments.estimates import Estimate, by_resampling, of_mean
 from rg.backbone import DiffusionBackbone
 from rg.evaluation import write_text
+from rg.groups import Groups
 from rg.heads import load_head
 from rg.heads.appearance import AppearanceHead
 from rg.heads.correspondence import ALPHAS, CorrespondenceHead, pair_pck
@@ -84,29 +86,63 @@ def summarise(values: dict[str, Tensor]) -> dict[str, float]:
         if name != "positive":
             known = ~distances.isnan()
             positive, negative = values["positive"][known], distances[known]
-            labels = torch.cat([torch.zeros_like(positive), torch.ones_like(negative)]).long()
             numbers[f"accuracy, {name}"] = float((positive < negative).float().mean())
-            numbers[f"equal error rate, {name}"] = float(binary_eer(torch.cat([positive, negative]), labels))
+            numbers[f"equal error rate, {name}"] = _error_rate(positive, negative)
     return numbers
 
 
-def quality(head: RelativeHead, folder: Path, batch_size: int = 16) -> str:
+def measure(head: RelativeHead, samples: Groups, timestep: int, batch_size: int = 16) -> dict[str, dict[str, Tensor]]:
+    """Values of every score at one noise level, row -> name -> (N,): the head, all raw taps side by side, each tap."""
+    score = correspondence_scores if isinstance(head, CorrespondenceHead) else appearance_scores(head)
+    raw = RawFeatures(**{name: head.hparams[name] for name in WIDTHS}).attach_backbone(head.backbone).eval()
+    stops = torch.tensor(head.hparams.tap_channels).cumsum(0).tolist()
+    taps = [slice(stop - width, stop) for stop, width in zip(stops, head.hparams.tap_channels, strict=True)]
+    parts = {"all raw taps": slice(None)} | {f"raw tap {i}": part for i, part in enumerate(taps)}
+    batches = DataLoader(samples, batch_size=batch_size)
+    found = collect(head, batches, timestep, {"head": (score, slice(None))})
+    return found | collect(raw, batches, timestep, {row: (score, part) for row, part in parts.items()})
+
+
+def relative_estimates(head: RelativeHead, samples: Groups) -> dict[str, Estimate]:
+    """Every score of the head at each of its noise levels. The baseline is the best of the raw taps, side by side or
+    alone, chosen by the very numbers that are shown, which flatters it."""
+    estimates = {}
+    for timestep in head.hparams.val_timesteps:
+        rows = measure(head, samples, timestep)
+        numbers = {row: summarise(values) for row, values in rows.items()}
+        for name in numbers["head"]:
+            baseline = (min if "error" in name else max)(numbers[row][name] for row in rows if row != "head")
+            estimates[f"{name}, t={timestep}"] = _estimate(rows["head"], name, baseline)
+    return estimates
+
+
+def _estimate(values: dict[str, Tensor], name: str, baseline: float) -> Estimate:
+    """Of one of the names that `summarise` gives."""
+    if name in values:
+        return of_mean(values[name], baseline)
+    kind, negative = name.split(", ", 1)
+    known = ~values[negative].isnan()
+    near, far = values["positive"][known], values[negative][known]
+    if kind == "accuracy":
+        return of_mean((near < far).double(), baseline)
+    return by_resampling(lambda chosen: _error_rate(near[chosen], far[chosen]), len(near), baseline)
+
+
+def _error_rate(near: Tensor, far: Tensor) -> float:
+    """Equal error rate of telling distances near (N,) from far (N,)."""
+    labels = torch.cat([torch.zeros_like(near), torch.ones_like(far)]).long()
+    return float(binary_eer(torch.cat([near, far]), labels))
+
+
+def quality(head: RelativeHead, folder: Path) -> str:
     """Markdown: one table per score; rows are the head, the raw features side by side, and the best of them alone.
 
     The best single tap is chosen by the very numbers that are shown, which flatters it.
     """
     samples = read_shards(folder, autoencoder_id=head.backbone.autoencoder_id)
-    score = correspondence_scores if isinstance(head, CorrespondenceHead) else appearance_scores(head)
-    raw = RawFeatures(**{name: head.hparams[name] for name in WIDTHS}).attach_backbone(head.backbone).eval()
-    stops = torch.tensor(head.hparams.tap_channels).cumsum(0).tolist()
-    taps = [slice(stop - width, stop) for stop, width in zip(stops, head.hparams.tap_channels, strict=True)]
     tables: dict[str, dict[str, list[str]]] = {}
     for timestep in head.hparams.val_timesteps:
-        batches = DataLoader(samples, batch_size=batch_size)
-        found = collect(head, batches, timestep, {"head": (score, slice(None))})
-        parts = {"all raw taps": slice(None)} | {f"raw tap {i}": part for i, part in enumerate(taps)}
-        found |= collect(raw, batches, timestep, {row: (score, part) for row, part in parts.items()})
-        numbers = {row: summarise(values) for row, values in found.items()}
+        numbers = {row: summarise(values) for row, values in measure(head, samples, timestep).items()}
         for name in numbers["head"]:
             single = {row: values[name] for row, values in numbers.items() if row.startswith("raw tap")}
             best = (min if "error" in name else max)(single, key=single.__getitem__)

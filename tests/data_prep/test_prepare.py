@@ -301,3 +301,20 @@ def test_command(tmp_path, root, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="recipe: expected one, for example"):
         run_command(monkeypatch, root)
     assert sorted(root.glob("*")) == before, "Hydra leaves no files"
+
+
+def test_an_endless_source_goes_on_where_samples_are_skipped(tmp_path, model):
+    source = {"_target_": "data_prep.video_sources.MarionettePairs", "seed": 0, "resolution": 32, "kinds": {"one": 1.0}}
+    annotator = {"_target_": "data_prep.annotators.tracks.ExactTracks", "min_points": 40}
+    backbone = {"_target_": "rg.backbone.DiffusionBackbone.from_pretrained", "path": str(model)}
+    recipe = {"source": {**source, "points": 64, "clips": False}, "annotator": annotator, "backbone": backbone}
+    manifest = build(root=str(tmp_path / "pairs"), n=6, shard_size=4, **recipe)
+    assert manifest.skipped, "else this shows nothing"
+    assert len(manifest.indices()) == 6 and len(read_shards(tmp_path / "pairs/train", 6)) == 6
+    before = contents(tmp_path / "pairs/train")
+    build(root=str(tmp_path / "pairs"), n=6, shard_size=4, **recipe)
+    assert contents(tmp_path / "pairs/train") == before
+    # Nothing has as many points as this: it ends all the same, and says what is missing.
+    recipe["annotator"] = {**annotator, "min_points": 65}
+    manifest = build(root=str(tmp_path / "none"), n=2, shard_size=4, **recipe)
+    assert manifest.indices() == [] and len(manifest.skipped) == 4
