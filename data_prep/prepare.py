@@ -71,11 +71,7 @@ def build(
     with FileLock(folder / ".lock"):
         manifest = _open(folder, wanted)
         writer = ShardWriter(folder, manifest, maker, labels, encoder)
-        writer.write(stop, shard_size)
-        # Not for ever: where more than half are skipped, whoever reads the split says how many are missing.
-        while maker.count(split) is None and (lacking := n - len(manifest.indices())) > 0 and stop < 2 * n:
-            stop = min(stop + lacking, 2 * n)
-            writer.write(stop, shard_size)
+        (writer.fill if maker.count(split) is None else writer.write)(stop, shard_size)
     return manifest
 
 

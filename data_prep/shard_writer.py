@@ -40,6 +40,14 @@ class ShardWriter:
         self.annotator = annotator
         self.backbone = backbone
 
+    def fill(self, count: int, shard_size: int) -> None:
+        """Brings the folder to `count` samples: where some are skipped it goes on, up to 2 * count indices."""
+        stop = count
+        self.write(stop, shard_size)
+        while (lacking := count - len(self.manifest.indices())) > 0 and stop < 2 * count:
+            stop = min(stop + lacking, 2 * count)
+            self.write(stop, shard_size)
+
     def write(self, stop: int, shard_size: int) -> None:
         """Brings the folder to `stop` indices, with a progress bar."""
         todo = []
