@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from rg.backbone import DiffusionBackbone
 from rg.callbacks import picture_grid, save_figure
@@ -95,7 +96,8 @@ class Evaluation:
         """Unguided and guided pictures from the same seeds, the autoencoder's own, and their scores."""
         batch = [self.samples[i] for i in positions]
         keypoints = torch.stack([sample["keypoints"] for sample in batch])
-        guidance = instantiate(self.cfg.guidance)(terms=[GuidanceTerm(self.head, FixedTarget(keypoints))])
+        control = self.head.control(default_collate(batch))
+        guidance = instantiate(self.cfg.guidance)(terms=[GuidanceTerm(self.head, FixedTarget(control))])
         # Another picture's prompt: what it says must not give the pose away.
         prompts = [self.samples.prompt[(i + len(self.samples) // 2) % len(self.samples)] for i in positions]
         arguments = {"seeds": [self.cfg.seed * 1_000_003 + i for i in positions], **self.cfg.sampling}

@@ -60,13 +60,14 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/train.py": ({"rg"}, ANY),
     "rg/sample.py": ({"rg"}, ANY),
     "rg/evaluate.py": ({"rg"}, ANY),
+    "rg/edit.py": ({"rg"}, ANY),
     "rg/__init__.py": ({"rg"}, ANY),
     "data_prep/*": ({"data_prep", "rg.data", "rg.backbone", "rg.runs", *SHARDS}, ANY),
     "experiments/*": ({"experiments", "data_prep", "rg"}, ANY),
 }
 # package: the only files that may import it.
 ONLY_IN = {
-    "hydra": ("rg/train.py", "rg/sample.py", "rg/evaluate.py", "data_prep/prepare.py", "experiments/*"),
+    "hydra": ("rg/train.py", "rg/sample.py", "rg/evaluate.py", "rg/edit.py", "data_prep/prepare.py", "experiments/*"),
     "wandb": ("rg/callbacks.py",),
     "rg.train": ("experiments/*",),
     "rg.sample": ("experiments/*",),

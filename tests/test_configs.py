@@ -24,7 +24,8 @@ INSTRUCTIONS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 # Arguments that rg.train reads off the backbone and gives to the head itself.
 GIVEN = ("tap_channels", "time_embed_dim")
 # config: the module of its command, which registers what the config interpolates.
-COMMANDS = {"train": "rg.train", "sample": "rg.sample", "evaluate": "rg.evaluate", "prepare": "data_prep.prepare"}
+COMMANDS = {"train": "rg.train", "sample": "rg.sample", "evaluate": "rg.evaluate", "edit": "rg.edit"}
+COMMANDS |= {"prepare": "data_prep.prepare"}
 
 
 def command(file: str) -> tuple[str | None, str | None]:
@@ -46,7 +47,7 @@ PAIRS = [(name, world) for name in EXPERIMENTS for world in WORLDS if (name, wor
 RUNS = [
     *((config_of(name), [f"+experiment={name}", f"world={world}"]) for name, world in PAIRS),
     *(("prepare", [f"+recipe={name}"]) for name in RECIPES),
-    *((name, [f"world={world}"]) for name in ("sample", "evaluate") for world in WORLDS),
+    *((name, [f"world={world}"]) for name in ("sample", "evaluate", "edit") for world in WORLDS),
 ]
 
 

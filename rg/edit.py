@@ -1,0 +1,164 @@
+"""Pictures after a reference picture: python -m rg.edit +experiment=variation (Luo et al., 2024, section 4)"""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from rg.backbone import DiffusionBackbone
+from rg.callbacks import picture_grid, save_figure
+from rg.guidance import GuidanceTerm, ReadoutGuidance
+from rg.heads import load_head
+from rg.heads.correspondence import CorrespondenceHead
+from rg.heads.relative import RelativeHead, pick
+from rg.inversion import invert
+from rg.points import Size, box_cells, cells, inside
+from rg.runs import clear_errors, point_latest
+from rg.sampling import generate, load_control, save_picture, set_scheduler
+from rg.targets import ReferenceTarget
+
+log = logging.getLogger(__name__)
+
+
+def load_heads(cfg: DictConfig, backbone: DiffusionBackbone) -> list[tuple[RelativeHead, float]]:
+    """The relative heads of `cfg.heads` and `cfg.weights`, on the backbone's device.
+
+    Raises:
+        FileNotFoundError: there is no such head.
+        ValueError: there is none, another number of weights, one that is not relative or was made for another backbone,
+            a correspondence head without a drag, or a drag without such a head.
+    """
+    weights = [1.0] * len(cfg.heads) if cfg.weights is None else list(cfg.weights)
+    if not cfg.heads or len(weights) != len(cfg.heads):
+        raise ValueError(f"heads, weights: expected one weight for each of some heads, got {cfg.heads}, {cfg.weights}")
+    heads = [(load_head(name), float(weight)) for name, weight in zip(cfg.heads, weights, strict=True)]
+    for head, _ in heads:
+        if not isinstance(head, RelativeHead):
+            raise ValueError(f"heads: expected heads that compare with a reference, found a {type(head).__name__}")
+        head.check_taps(backbone.tap_channels, backbone.time_embed_dim, backbone.condition_dim)
+        head.to(backbone.device)
+    if any(isinstance(head, CorrespondenceHead) for head, _ in heads) != (cfg.drag is not None):
+        raise ValueError(f"drag: expected one with a correspondence head, and none without; got drag={cfg.drag}")
+    return heads
+
+
+def read_places(cfg: DictConfig, image_size: Size) -> tuple[Tensor | None, Tensor | None]:
+    """The drag's points (n, 2, 2) of (x, y), from and to, and the two boxes (2, 4), in pixels; None where not given.
+
+    Raises:
+        ValueError: they have another form, or leave a picture of image_size (height, width).
+    """
+    places = []
+    for name, count in (("drag", None), ("boxes", 2)):
+        rows = None if cfg[name] is None else [list(row) for row in cfg[name]]
+        if rows is None:
+            places.append(None)
+            continue
+        if not rows or len(rows) != (count or len(rows)) or any(len(row) != 4 for row in rows):
+            raise ValueError(f"{name}: expected {count or 'some'} lists of 4 numbers, got {rows}")
+        numbers = torch.tensor(rows, dtype=torch.float32)
+        corners = numbers.unflatten(1, (2, 2))
+        # A box's right and bottom are exclusive.
+        within = inside(corners - torch.tensor([[0.0], [1.0]]) if name == "boxes" else corners, image_size).all()
+        if not within or (name == "boxes" and (corners[:, 0] >= corners[:, 1]).any()):
+            raise ValueError(f"{name}: expected places inside {image_size[1]}x{image_size[0]} pixels, got {rows}")
+        places.append(corners if name == "drag" else numbers)
+    return places[0], places[1]
+
+
+def make_term(
+    head: RelativeHead, weight: float, drag: Tensor | None, boxes: Tensor | None, image_size: Size, readout_size: Size
+) -> GuidanceTerm:
+    """The energy of one head, with points or boxes (see `read_places`) moved to the cells of its readout."""
+    if isinstance(head, CorrespondenceHead):
+        source, destination = cells(drag, image_size, readout_size)[None].unbind(2)
+        reference = ReferenceTarget(keep=partial(pick, points=source.to(head.device)))
+        return GuidanceTerm(head, reference, weight, {"source": source, "destination": destination})
+    arguments = {}
+    if boxes is not None:
+        arguments["boxes"] = tuple(box_cells(boxes, image_size, readout_size)[:, None])
+    return GuidanceTerm(head, ReferenceTarget(), weight, arguments)
+
+
+def reference_noise(cfg: DictConfig, backbone: DiffusionBackbone) -> Tensor:
+    """Noise (1, C, h, w) from which the reference is sampled: a picture's, by inversion, or that of the seed.
+
+    Raises:
+        FileNotFoundError, ValueError: the picture is missing or cannot be read, or the scheduler cannot invert it.
+    """
+    if cfg.picture is None:
+        generator = torch.Generator("cpu").manual_seed(cfg.seed * 1_000_003)
+        noise = torch.randn((1, backbone.latent_channels, *backbone.latent_size), generator=generator)
+        return noise.to(backbone.device, backbone.denoiser.dtype)
+    if cfg.scheduler != "ddim" or cfg.sampling.eta:
+        raise ValueError(
+            f"picture: expected scheduler=ddim and sampling.eta=0, which can be inverted, got {cfg.scheduler} and "
+            f"{cfg.sampling.eta}"
+        )
+    picture = load_control(cfg.picture, backbone.resolution)
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"picture={cfg.picture}: expected a picture, found keypoints")
+    height, width = backbone.resolution
+    square = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
+    latents = backbone.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)[0]
+    return invert(backbone, latents, num_inference_steps=cfg.sampling.num_inference_steps, prompt=cfg.prompt)
+
+
+def edit(cfg: DictConfig, run_dir: Path) -> Tensor:
+    """Writes reference.png, new pictures and grid.png into run_dir; returns the pictures (B, 3, H, W) in [-1, 1].
+
+    Raises:
+        ValueError: see the functions above; an unknown `noise`, or fewer than one image.
+    """
+    if cfg.images < 1 or cfg.noise not in ("new", "reference"):
+        raise ValueError(f"images, noise: expected at least 1, and new or reference; got {cfg.images} and {cfg.noise}")
+    backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
+    heads, (drag, boxes) = load_heads(cfg, backbone), read_places(cfg, backbone.resolution)
+    pipe, sampling = backbone.pipeline, dict(cfg.sampling)
+    set_scheduler(pipe, cfg.scheduler)
+    noise = reference_noise(cfg, backbone)
+    grid = backbone.predict(noise.float(), torch.zeros(1, device=noise.device)).features[-1].shape[-2:]
+    scaled = [(head, weight, [side * head.hparams.output_scale for side in grid]) for head, weight in heads]
+    terms = [make_term(head, weight, drag, boxes, backbone.resolution, (h, w)) for head, weight, (h, w) in scaled]
+    guidance: ReadoutGuidance = instantiate(cfg.guidance)(terms=terms)
+    pipe.set_progress_bar_config(disable=False)
+    # An inverted picture comes back without text guidance alone.
+    plain = sampling if cfg.picture is None else {**sampling, "guidance_scale": 1.0}
+    with guidance.record(pipe):
+        reference = generate(pipe, [cfg.prompt], seeds=[cfg.seed * 1_000_003], latents=noise, **plain)
+    arguments: dict[str, Any] = {"seeds": [cfg.seed * 1_000_003 + 1 + i for i in range(cfg.images)], **sampling}
+    if cfg.noise == "reference":
+        arguments["latents"] = noise.expand(cfg.images, -1, -1, -1)
+    prompts = [cfg.prompt if cfg.edit_prompt is None else cfg.edit_prompt] * cfg.images
+    rows = {"reference": reference, "unguided": generate(pipe, prompts, **arguments)}
+    rows["guided"] = generate(pipe, prompts, guidance=guidance, **arguments)
+    save_picture(reference[0], run_dir / "reference.png")
+    for number, picture in enumerate(rows["guided"]):
+        save_picture(picture, run_dir / f"{number:05d}.png")
+    save_figure(picture_grid({name: (row + 1) / 2 for name, row in rows.items()}, side=128), run_dir / "grid.png")
+    point_latest(run_dir)
+    energies = [float(step.energy.mean()) for step in guidance.trace]
+    if energies:
+        log.info("mean energy: %.4f at the first guided step, %.4f at the last", energies[0], energies[-1])
+    print(f"{run_dir}/grid.png")
+    return rows["guided"]
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="edit")
+@clear_errors
+def main(cfg: DictConfig) -> None:
+    """Samples into Hydra's run folder."""
+    edit(cfg, Path(HydraConfig.get().runtime.output_dir))
+
+
+if __name__ == "__main__":
+    main()
