@@ -64,6 +64,9 @@ def test_a_depth_and_an_edge_head_train_sample_and_ship(place: Path, root: Path,
     words = [f"head.path={run_dir}/head", f"control={task}.png", "prompt=a person on grass"]
     done = run(place, root, "rg.sample", f"+experiment={task}_control", *words, *TINY)
     assert done.returncode == 0, done.stdout + done.stderr
+    done = run(place, root, "rg.evaluate", f"data={task}", f"guidance={task}", f"head.path={run_dir}/head", *TINY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((place / "outputs" / "eval_pck" / "latest" / "results.json").read_text())["images"] == 2
     assert f"python -m rg.train +experiment={task}" in (ship(run_dir, task, place) / "README.md").read_text()
     # In that folder the head is found by its name; its controls are the labels of held-out pictures.
     done = run(place / "heads", root, "rg.sample", f"+experiment={task}_control", *TINY)
