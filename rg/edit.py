@@ -139,7 +139,7 @@ def edit(cfg: DictConfig, run_dir: Path) -> Tensor:
     if cfg.noise == "reference":
         arguments["latents"] = noise.expand(cfg.images, -1, -1, -1)
     prompts = [cfg.prompt if cfg.edit_prompt is None else cfg.edit_prompt] * cfg.images
-    rows = {"reference": reference, "unguided": generate(pipe, prompts, **arguments)}
+    rows = {"reference": reference.expand(cfg.images, -1, -1, -1), "unguided": generate(pipe, prompts, **arguments)}
     rows["guided"] = generate(pipe, prompts, guidance=guidance, **arguments)
     save_picture(reference[0], run_dir / "reference.png")
     for number, picture in enumerate(rows["guided"]):
