@@ -15,6 +15,7 @@ class SourceGroup:
         images: (T, 3, resolution, resolution) uint8, RGB, T >= 2, in order.
         prompt: a description of the first picture, or "".
         kind: what the pictures show, in the source's words.
+        edit_prompt: what an edit of the first picture shall show; None: `prompt`.
         negatives: (K, 3, resolution, resolution) uint8, pictures known to be unlike the first; None: none are known.
         points: (N, 2, 3) float32 of (x, y, visible) in pixels of the first and the last picture, of rendered things.
         mask: (resolution, resolution) bool, where in the first picture the things are; None: anywhere.
@@ -26,6 +27,7 @@ class SourceGroup:
     images: Tensor
     prompt: str
     kind: str
+    edit_prompt: str | None = None
     negatives: Tensor | None = None
     points: Tensor | None = None
     mask: Tensor | None = None

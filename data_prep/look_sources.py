@@ -4,21 +4,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from numpy.random import SeedSequence, default_rng
+
 from data_prep.groups import SourceGroup
 from data_prep.marionette import KINDS, VERSION, render_scenes
 from data_prep.marionette.draw import draw_scene
-from data_prep.marionette.scene import SHAPE, Person, Scene
+from data_prep.marionette.scene import FOCAL, SHAPE, Person, Scene
 from data_prep.sources import Skip
 from data_prep.video_sources import draw_clip
 from rg.samples import SPLITS
 
 LOOK_STREAM = 0x100C5  # keeps the draws of other scenes apart from that of the anchor
+FACE_STREAM = 0xFACE5  # keeps the draw of a face's frame apart from that of its scene
+# Of faces: picture halves per world unit, how far from the centre in picture halves, the turn against the camera in
+# radians, and the share of all other angles of a pose that is left.
+FACE_SCALE, FACE_SHIFT, FACE_YAW, FACE_POSE = (4.0, 4.6), 0.08, 0.35, 0.3
 # What of a person can change without moving a surface.
 COAT = ("shirt", "trousers", "skin", "hair", "eye", "shirt_pattern", "trousers_pattern")
 
 
 class MarionetteLooks:
     """Endless rendered videos: a frame, another one, and the first in the same pose with another appearance.
+
+    An edit of the first is asked for that other appearance: the captions of this world name every colour, and an edit
+    under its own would keep them.
 
     Args:
         seed: of the world; the group at an index depends on (seed, split, index) alone.
@@ -54,6 +63,7 @@ class MarionetteLooks:
             images=stills.image[:2],
             prompt=stills.prompt[0],
             kind=stills.kind[0],
+            edit_prompt=stills.prompt[2],
             negatives=stills.image[2:],
             seed=seed,
             identity=stills.identity[0],
@@ -61,17 +71,31 @@ class MarionetteLooks:
 
 
 class MarionetteFaces(MarionetteLooks):
-    """Endless portraits: a person, the same one in another place, pose and light, and there is a look-alike for each.
+    """Endless faces: a person, the same one in another place, turn and light, and there is a look-alike for each.
 
-    A look-alike is dressed, coloured and named in the same words, and built otherwise. No person is in two groups.
+    A look-alike is dressed, coloured and named in the same words; build and eyes are another's. No person is in two
+    groups. Faces fill most of a picture and look towards the camera, as in the tightly cropped ones of Luo et al.
+    (2024): their readouts are compared place by place.
     """
 
     def scenes(self, seed: tuple[int, ...]) -> list[Scene]:
         """Anchor, positive and look-alike."""
-        anchor, elsewhere, third = (draw_scene((LOOK_STREAM + number, *seed), {"portrait": 1.0}) for number in range(3))
+        anchor, elsewhere, third = (draw_face((LOOK_STREAM + number, *seed)) for number in range(3))
         person, other = anchor.people[0], third.people[0]
-        build = {name: other.identity[name] for name in SHAPE}
+        build = {name: other.identity[name] for name in (*SHAPE, "eye")}
         return [anchor, _with(elsewhere, person), _with(third, replace(person, identity=person.identity | build))]
+
+
+def draw_face(seed: tuple[int, ...]) -> Scene:
+    """A portrait seen from near by, of someone who looks towards the camera with the arms down."""
+    scene = draw_scene(seed, {"portrait": 1.0})
+    rng = default_rng(SeedSequence((FACE_STREAM, *seed)))
+    scale, shift = rng.uniform(*FACE_SCALE), rng.uniform(-FACE_SHIFT, FACE_SHIFT, 2)
+    camera = replace(scene.camera, distance=FOCAL / scale, shift=(shift[0] / scale, shift[1] / scale))
+    (person,) = scene.people
+    pose = {name: FACE_POSE * angle for name, angle in person.pose.items()}
+    pose["yaw"] = camera.yaw + rng.uniform(-FACE_YAW, FACE_YAW)
+    return replace(scene, camera=camera, people=(replace(person, pose=pose),))
 
 
 def other_look(scene: Scene, other: Scene) -> Scene:

@@ -54,7 +54,8 @@ class SDEdit:
         labels = []
         for start in range(0, len(samples), BATCH):
             batch = samples[start : start + BATCH]
-            edited = self._edit(torch.stack([sample.images[0] for sample in batch]), [s.prompt for s in batch])
+            prompts = [s.prompt if s.edit_prompt is None else s.edit_prompt for s in batch]
+            edited = self._edit(torch.stack([sample.images[0] for sample in batch]), prompts)
             for sample, edit in zip(batch, edited, strict=True):
                 known = sample.images[:0] if sample.negatives is None else sample.negatives
                 images = torch.cat([sample.images[[0, -1]], edit[None], known])

@@ -1,5 +1,7 @@
 """Rendered negatives: the same structure in another appearance, and look-alikes; and edits by the model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,12 +9,13 @@ from data_prep.annotators.sdedit import SDEdit
 from data_prep.groups import SourceGroup
 from data_prep.look_sources import COAT, MarionetteFaces, MarionetteLooks
 from data_prep.marionette import render_scenes
+from data_prep.marionette.draw import draw_scene
 from data_prep.marionette.scene import SHAPE
 from data_prep.prepare import build
 from rg.backbone import DiffusionBackbone
 from rg.shards import read_shards
 
-WORDS = {"shirt", "skin", "hair", "hair_length", "eye", "hat", "glasses", "shirt_pattern"}
+WORDS = {"shirt", "skin", "hair", "hair_length", "hat", "glasses", "shirt_pattern"}
 
 
 @pytest.mark.parametrize("kind", ["one", "two", "portrait"])
@@ -32,7 +35,7 @@ def test_another_appearance_moves_no_surface(kind):
             assert (one.identity["hat"] is None) == (other.identity["hat"] is None)
 
 
-def test_a_look_alike_differs_in_its_build_alone_and_stands_elsewhere():
+def test_a_look_alike_differs_in_its_build_and_eyes_alone_and_stands_elsewhere():
     for index in range(5):
         scenes = MarionetteFaces().scenes((0, 0, index))
         anchor, positive, lookalike = (scene.people[0] for scene in scenes)
@@ -44,6 +47,25 @@ def test_a_look_alike_differs_in_its_build_alone_and_stands_elsewhere():
         assert {scene.kind for scene in scenes} == {"portrait"}
     people = [str(MarionetteFaces().scenes((0, split, i))[0].people[0].identity) for split in (0, 3) for i in range(9)]
     assert len(set(people)) == 18
+
+
+def test_faces_fill_their_pictures_and_look_at_the_camera():
+    seen = render_scenes(
+        [s for i in range(8) for s in MarionetteFaces().scenes((0, 0, i))], resolution=64, supersampling=1
+    )
+    nose, eyes = seen.keypoints[:, 0, 0], seen.keypoints[:, 0, 14:16]
+    assert (eyes[..., 2] > 0).all()
+    assert ((nose[:, :2] - 31.5).abs() < 14).all()
+    heads = (seen.keypoints[:, 0, 0, 1] - seen.keypoints[:, 0, 1, 1]).abs()  # nose to neck
+    portraits = render_scenes([draw_scene((1, i), {"portrait": 1.0}) for i in range(8)], resolution=64, supersampling=1)
+    assert heads.mean() > 1.2 * (portraits.keypoints[:, 0, 0, 1] - portraits.keypoints[:, 0, 1, 1]).abs().mean()
+
+
+def test_an_edit_is_asked_for_the_other_appearance():
+    (group,) = MarionetteLooks(kinds={"one": 1.0}).read("val", [3])
+    assert group.edit_prompt != group.prompt
+    anchor, _, other = MarionetteLooks(kinds={"one": 1.0}).scenes((0, 1, 3))
+    assert (group.prompt, group.edit_prompt) == (anchor.prompt, other.prompt)
 
 
 def test_groups_of_a_source_depend_on_their_index_alone():
@@ -73,6 +95,13 @@ def test_an_edit_depends_on_its_picture_alone(editor):
         assert torch.equal(label.images[:2], group.images[[0, 2]]) and len(label.points) == 0
     edited = torch.stack([label.images[2] for label in labels])
     assert edited.flatten(1).float().std(1).min() > 1 and not torch.equal(edited[0], edited[1])
+
+
+def test_an_edit_follows_the_prompt_meant_for_it(editor):
+    (group,) = groups(1)
+    (plain,), (asked,) = editor.annotate([group]), editor.annotate([replace(group, edit_prompt="snow")])
+    (same,) = editor.annotate([replace(group, prompt="snow")])
+    assert torch.equal(asked.images, same.images) and not torch.equal(asked.images[2], plain.images[2])
 
 
 def test_known_negatives_come_after_the_edit(editor):

@@ -61,7 +61,7 @@ def test_what_it_was_trained_on(trained):
 def test_it_is_measured_beside_the_raw_features(trained):
     name, folder, _ = trained
     head = load_head(folder / "run/head").attach_backbone(DiffusionBackbone.from_pretrained("marionette", device="cpu"))
-    text = quality(head, folder / "data/val", batch_size=2)
+    text = quality(head, folder / "data/val")
     expected = ["| PCK@0.1, 3 groups | t = 50 |", "| PCK@0.1, head turned by 20°, 3 groups | t = 50 |"]
     if name != "correspondence":
         negatives = (*NEGATIVES[name], "stranger")
