@@ -1,28 +1,15 @@
-"""Pictures from files: read, cropped to their centre square, and what goes with them moved alike."""
-
-from pathlib import Path
+"""Pictures cropped to their centre square, and what goes with them moved alike."""
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from rg.points import Size, inside, rescale
 
-# What Pillow raises for a file that is no picture, a damaged one, or one that is suspiciously large.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 # What the files of pictures end in.
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
-
-
-def open_picture(path: Path) -> Image.Image:
-    """Reads a picture as RGB, turned upright as its EXIF data says; raises one of UNREADABLE."""
-    with Image.open(path) as picture:
-        upright = ImageOps.exif_transpose(picture)
-    if upright.mode.startswith("I"):  # 16 bits, as depth often has: Pillow would cut off what exceeds 255
-        upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
-    return upright.convert("RGB")
 
 
 def crop_box(size: Size) -> tuple[int, int, int]:

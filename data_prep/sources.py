@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from data_prep.marionette import KINDS, VERSION, render
-from data_prep.pictures import ENDINGS, UNREADABLE, crop_picture, open_picture
+from data_prep.pictures import ENDINGS, crop_picture
+from rg.pictures import UNREADABLE, open_picture
 from rg.points import Size
 from rg.samples import SPLITS
 

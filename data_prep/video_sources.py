@@ -17,8 +17,9 @@ from data_prep.groups import SourceGroup
 from data_prep.marionette import KINDS, VERSION
 from data_prep.marionette.scene import Scene
 from data_prep.marionette.videos import draw_video, film
-from data_prep.pictures import ENDINGS, UNREADABLE, crop_box, crop_picture, open_picture
+from data_prep.pictures import ENDINGS, crop_box, crop_picture
 from data_prep.sources import Skip, deal
+from rg.pictures import UNREADABLE, open_picture
 from rg.samples import SPLITS
 
 GAPS = (2, 23)  # frames between the two of a pair, at least and at most

@@ -4,7 +4,9 @@ import ctypes
 import gc
 import json
 import multiprocessing
+import shlex
 import statistics
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +155,7 @@ def measure(settings: Settings, cfg: DictConfig, batch_size: int, name: str) -> 
     return {**results, "settings": {**asdict(settings), "batch_size": batch_size}}
 
 
-def benchmark(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
+def benchmark(cfg: DictConfig, run_dir: Path, command: str) -> dict[str, Any]:
     """Measures model after model and writes results.json after each.
 
     Raises:
@@ -163,7 +165,7 @@ def benchmark(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"models: expected some of {sorted(cfg.sizes)}, got {unknown}")
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    results: dict[str, Any] = {"threads": torch.get_num_threads(), "command": "python -m experiments.benchmark"}
+    results: dict[str, Any] = {"threads": torch.get_num_threads(), "command": command}
     for model in cfg.models:
         size = cfg.sizes[model]
         for precision in size.precisions:
@@ -184,7 +186,8 @@ def benchmark(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 def main(cfg: DictConfig) -> None:
     """Times and measures, prints results.json, and points `latest` at it."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    print(json.dumps(benchmark(cfg, run_dir), indent=1))
+    command = shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]])
+    print(json.dumps(benchmark(cfg, run_dir, command), indent=1))
     point_latest(run_dir)
 
 

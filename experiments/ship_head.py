@@ -34,7 +34,8 @@ def final_scores(run_dir: Path) -> dict[str, float]:
 def ship(run_dir: Path, name: str, models: Path = MODELS) -> Path:
     """Writes head and card into <models>/heads/<name>, in half precision; returns that folder."""
     scores = final_scores(run_dir)
-    overrides = yaml.safe_load((run_dir / ".hydra" / "overrides.yaml").read_text())
+    words = yaml.safe_load((run_dir / ".hydra" / "overrides.yaml").read_text())
+    overrides = [word for word in words if not word.startswith("resume=")]
     config = yaml.safe_load((run_dir / ".hydra" / "config.yaml").read_text())
     head = load_head(run_dir / "head")
     folder = models / "heads" / name

@@ -55,22 +55,49 @@ def _resize(maps: Tensor, size: Size) -> Tensor:
 
 
 class AggregationNetwork(nn.Module):
-    """Mixes all taps into one map: sum_l softmax(mixing_weights)_l * Bottleneck_l(feature_l)."""
+    """Mixes taps into one map: sum_l softmax(mixing_weights)_l * Bottleneck_l(feature_l).
+
+    Args:
+        tap_channels: channels of all taps, coarse to fine.
+        taps: numbers of those that are mixed, the others are not read; None: all.
+        time_embed_dim, projection_dim, norm_groups, output_scale: see rg.readout.ReadoutHead.
+
+    Raises:
+        ValueError: `taps` are none, not different, or not taps.
+    """
 
     def __init__(
-        self, *, tap_channels: list[int], time_embed_dim: int, projection_dim: int, norm_groups: int, output_scale: int
+        self,
+        *,
+        tap_channels: list[int],
+        time_embed_dim: int,
+        projection_dim: int,
+        norm_groups: int,
+        output_scale: int,
+        taps: list[int] | None = None,
     ) -> None:
         super().__init__()
-        self.output_scale = output_scale
-        self.mixing_weights = nn.Parameter(torch.ones(len(tap_channels)))
+        known = range(len(tap_channels))
+        self.taps = list(known if taps is None else taps)
+        if not self.taps or len(set(self.taps)) < len(self.taps) or not set(self.taps) <= set(known):
+            raise ValueError(f"taps: expected different numbers of 0 to {len(tap_channels) - 1}, got {taps}")
+        self.output_scale, self.tap_count = output_scale, len(tap_channels)
+        self.mixing_weights = nn.Parameter(torch.ones(len(self.taps)))
         self.bottlenecks = nn.ModuleList(
-            Bottleneck(channels, projection_dim, norm_groups, time_embed_dim) for channels in tap_channels
+            Bottleneck(tap_channels[tap], projection_dim, norm_groups, time_embed_dim) for tap in self.taps
         )
 
     def forward(self, features: list[Tensor], time_embedding: Tensor | None) -> Tensor:
-        """(B, projection_dim, H, W), with (H, W) the finest tap's size times output_scale."""
+        """(B, projection_dim, H, W) of all taps, with (H, W) the finest one's size times output_scale.
+
+        Raises:
+            ValueError: another number of taps.
+        """
+        if len(features) != self.tap_count:
+            raise ValueError(f"features: expected {self.tap_count} taps, got {len(features)}")
         height, width = features[-1].shape[-2:]
         size = (height * self.output_scale, width * self.output_scale)
         weights = self.mixing_weights.softmax(0)
-        parts = (net(f, time_embedding, size, w) for w, net, f in zip(weights, self.bottlenecks, features, strict=True))
+        chosen = [features[tap] for tap in self.taps]
+        parts = (net(f, time_embedding, size, w) for w, net, f in zip(weights, self.bottlenecks, chosen, strict=True))
         return functools.reduce(torch.add, parts)

@@ -96,7 +96,7 @@ class MixingWeights(_Figures):
             return
         weights = head.aggregation.mixing_weights.detach().softmax(0).tolist()
         figure, axis = plt.subplots(figsize=(4, 2.2))
-        axis.bar(range(len(weights)), weights)
+        axis.bar([str(tap) for tap in head.aggregation.taps], weights)
         axis.set_xlabel("tap")
         axis.set_ylabel("mixing weight")
         self._publish(trainer, "mixing_weights", figure)

@@ -111,7 +111,7 @@ def reference_noise(cfg: DictConfig, backbone: DiffusionBackbone) -> Tensor:
     if not isinstance(picture, Image.Image):
         raise ValueError(f"picture={cfg.picture}: expected a picture, found keypoints")
     height, width = backbone.resolution
-    square = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    square = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
     latents = backbone.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)[0]
     return invert(backbone, latents, num_inference_steps=cfg.sampling.num_inference_steps, prompt=cfg.prompt)

@@ -28,6 +28,7 @@ class ReadoutHead(LightningModule):
         time_embed_dim: width of the backbone's time embedding.
         condition_dim: width of the backbone's text embeddings; tells families of equal taps apart. None: unknown.
         projection_dim: channels of the aggregate; norm_groups must divide a quarter of it.
+        taps: numbers of the taps that are read, coarse to fine from 0; None: all.
         output_scale: readout cells per cell of the last tap and axis; that is a latent's, in PixArt a patch of them.
         time_convention: index embedded for time t: "direct" t, "mirrored" N - t (the authors' files), "none".
         prompt: the condition under which the backbone's features are read.
@@ -44,6 +45,7 @@ class ReadoutHead(LightningModule):
         condition_dim: int | None = None,
         projection_dim: int = 384,
         norm_groups: int = 32,
+        taps: list[int] | None = None,
         output_scale: int = 1,
         time_convention: str = "direct",
         prompt: str = "",
@@ -61,12 +63,9 @@ class ReadoutHead(LightningModule):
         if time_convention not in TIME_CONVENTIONS:
             raise ValueError(f"time_convention: expected one of {TIME_CONVENTIONS}, got {time_convention!r}")
         self.save_hyperparameters()
+        form = {"projection_dim": projection_dim, "norm_groups": norm_groups, "output_scale": output_scale}
         self.aggregation = AggregationNetwork(
-            tap_channels=tap_channels,
-            time_embed_dim=time_embed_dim,
-            projection_dim=projection_dim,
-            norm_groups=norm_groups,
-            output_scale=output_scale,
+            tap_channels=tap_channels, time_embed_dim=time_embed_dim, taps=taps, **form
         )
         self.backbone: Any = None
         # A third faster on CPUs than the default order, for the same numbers.

@@ -15,6 +15,7 @@ from torch import Tensor
 from rg import released
 from rg.guidance import ReadoutGuidance
 from rg.heads import load_head
+from rg.pictures import UNREADABLE, open_picture
 from rg.points import KEYPOINTS, Size, rescale
 from rg.readout import ReadoutHead
 
@@ -78,7 +79,7 @@ def generate(
 
 
 def load_control(path: str | Path, image_size: Size) -> Tensor | Image.Image:
-    """A control from a file: a picture, grey as RGB, or keypoints as .json, moved to the image that will be made.
+    """A control from a file: a picture as RGB, or keypoints as .json, moved to the image that will be made.
 
     The JSON holds {"size": [height, width], "keypoints": [people][18][x, y, visible]}, in pixels of that size.
 
@@ -91,11 +92,9 @@ def load_control(path: str | Path, image_size: Size) -> Tensor | Image.Image:
         raise FileNotFoundError(f"control={path}: there is no such file")
     if path.suffix != ".json":
         try:
-            picture = Image.open(path)
-            picture.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return open_picture(path)
+        except UNREADABLE as error:
             raise ValueError(f"control={path}: expected a picture, found {error!r}") from error
-        return picture.convert("RGB") if picture.mode == "L" else picture
     try:
         record = json.loads(path.read_text())
         keypoints = torch.tensor(record["keypoints"], dtype=torch.float32)

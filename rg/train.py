@@ -32,6 +32,8 @@ def train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
         log.info("resuming %s", checkpoint)
     try:
         trainer.fit(head, data, ckpt_path=str(checkpoint) if checkpoint.is_file() else None, weights_only=True)
+        if trainer.global_step % (data.epoch_batches * (trainer.check_val_every_n_epoch or 1)):
+            trainer.validate(head, data, verbose=False)  # the last steps are not left without a score
     finally:
         finish_wandb(trainer)
     trainer.save_checkpoint(checkpoint, weights_only=False)

@@ -42,6 +42,7 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/energies.py": ({"rg.denoisers", "rg.targets"}, {"torch"}),
     "rg/schedules.py": (set(), {"torch", "diffusers"}),
     "rg/data.py": (SHARDS, ANY),
+    "rg/pictures.py": (set(), {"numpy", "PIL"}),
     "rg/samples.py": (SHARDS, ANY),  # this, groups and shards are parts of data
     "rg/groups.py": (SHARDS, ANY),
     "rg/shards.py": (SHARDS, ANY),
@@ -62,7 +63,7 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/evaluate.py": ({"rg"}, ANY),
     "rg/edit.py": ({"rg"}, ANY),
     "rg/__init__.py": ({"rg"}, ANY),
-    "data_prep/*": ({"data_prep", "rg.data", "rg.backbone", "rg.runs", *SHARDS}, ANY),
+    "data_prep/*": ({"data_prep", "rg.data", "rg.backbone", "rg.runs", "rg.pictures", *SHARDS}, ANY),
     "experiments/*": ({"experiments", "data_prep", "rg"}, ANY),
 }
 # package: the only files that may import it.

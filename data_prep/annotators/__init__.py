@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -30,8 +30,7 @@ class Label:
 
     def sample(self, index: int, item: SourceSample, latents: Tensor) -> Sample:
         """The sample that is stored; latents: (1, 2C, h, w)."""
-        words = item.prompt, item.kind, item.seed, item.identity
-        return Sample(index, item.image, self.picture, self.keypoints, latents[0], *words)
+        return Sample(index, item.image, self.picture, self.keypoints, latents[0], *_words(item))
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,11 @@ class GroupLabel:
 
     def sample(self, index: int, item: SourceGroup, latents: Tensor) -> Group:
         """The group that is stored; latents: (G, 2C, h, w)."""
-        words = item.prompt, item.kind, item.seed, item.identity
-        return Group(index, self.images, self.points, item.turn, latents, *words)
+        return Group(index, self.images, self.points, item.turn, latents, *_words(item))
+
+
+def _words(item: SourceSample | SourceGroup) -> tuple[Any, ...]:
+    return item.prompt, item.kind, item.seed, item.identity
 
 
 class Annotator(Protocol):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from data_prep.annotators import Label
-from data_prep.pictures import UNREADABLE, crop_picture, crop_points, open_picture
+from data_prep.pictures import crop_picture, crop_points
 from data_prep.sources import Skip, SourceSample
+from rg.pictures import UNREADABLE, open_picture
 from rg.points import draw_skeletons
 
 

@@ -25,8 +25,9 @@ def settings(root: Path, tmp_path: Path, *overrides: str):
 @pytest.mark.slow
 def test_everything_is_measured(root: Path, tmp_path: Path):
     modes = "memory_modes=[score,released]"
-    results = benchmark(settings(root, tmp_path, "models=[marionette]", "device=cpu", modes), tmp_path)
+    results = benchmark(settings(root, tmp_path, "models=[marionette]", "device=cpu", modes), tmp_path, "a command")
     assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert results["command"] == "a command"
     for task, ours in (("spatial", (2, 1)), ("drag", (2, 1))):
         found = results["marionette"][task]
         assert set(found["seconds_per_step"]) == set(found["counted_per_step"]) == set(modes_of(task))
@@ -59,13 +60,13 @@ def test_a_model_that_does_not_fit_is_left_out(root: Path, tmp_path: Path, monke
     given = Settings("sdxl", 16, "float32", 1, 1, 0, "cpu")
     monkeypatch.setattr(command, "ROOM", 2**60)
     assert "GB of free memory, found" in lacking_memory(given)
-    results = benchmark(settings(root, tmp_path, "models=[sdxl]", "device=cpu"), tmp_path)
+    results = benchmark(settings(root, tmp_path, "models=[sdxl]", "device=cpu"), tmp_path, "a command")
     assert "sdxl" not in results and "sdxl: left out: expected" in capsys.readouterr().out
     assert lacking_memory(Settings("marionette", 16, "float32", 1, 1, 0, "cpu")) is None
 
 
 def test_a_model_without_a_size_is_named(root: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"models: expected some of \['marionette', 'sd15', 'sdxl'\], got \['sd9'\]"):
-        benchmark(settings(root, tmp_path, "models=[sd9]"), tmp_path)
+        benchmark(settings(root, tmp_path, "models=[sd9]"), tmp_path, "a command")
     with torch.device("meta"):
         assert torch.zeros(1).is_meta  # the failed command leaves no state behind

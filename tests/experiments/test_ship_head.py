@@ -16,7 +16,7 @@ def run_dir(tmp_path: Path) -> Path:
     head = SpatialHead(tap_channels=[8], time_embed_dim=6, projection_dim=16, norm_groups=2, val_timesteps=[50, 600])
     head.save_pretrained(tmp_path / "head")
     (tmp_path / ".hydra").mkdir()
-    (tmp_path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(["+experiment=pose_100", "seed=3"]))
+    (tmp_path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(["+experiment=pose_100", "seed=3", "resume=true"]))
     config = {"seed": 3, "world": {"name": "marionette"}, "trainer": {"max_steps": 500}}
     config["data"] = {"size": 100, "val_size": 4, "batch_size": 16}
     (tmp_path / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config))
@@ -37,7 +37,7 @@ def test_a_shipped_head_is_the_runs_head_in_half_precision(run_dir: Path, tmp_pa
     for name, tensor in trained.state_dict().items():
         assert torch.equal(tensor.half().float(), shipped.state_dict()[name])
     card = (folder / "README.md").read_text()
-    assert "python -m rg.train +experiment=pose_100 seed=3" in card
+    assert "    python -m rg.train +experiment=pose_100 seed=3\n" in card
     assert "| noise level t | 50 | 600 |" in card and "| loss | 0.250 | 0.500 |" in card
 
 

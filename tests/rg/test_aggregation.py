@@ -10,9 +10,9 @@ from rg.heads.spatial import SpatialHead
 WIDTHS = {"time_embed_dim": 6, "projection_dim": 16, "norm_groups": 2}
 
 
-def make_network(channels, *, output_scale=1, seed=0):
+def make_network(channels, *, output_scale=1, taps=None, seed=0):
     torch.manual_seed(seed)
-    network = AggregationNetwork(tap_channels=channels, output_scale=output_scale, **WIDTHS)
+    network = AggregationNetwork(tap_channels=channels, output_scale=output_scale, taps=taps, **WIDTHS)
     for parameter in network.parameters():  # norms too: a scale of 1 and a shift of 0 would hide a missing one
         torch.nn.init.normal_(parameter, std=0.5)
     return network
@@ -78,6 +78,24 @@ def test_taps_are_mixed_by_softmax():
     assert (network(features, None) >= 0).all()
 
 
+def test_only_the_chosen_taps_are_read():
+    channels, sizes = [12, 8, 16], [2, 4, 4]
+    network, features = make_network(channels, taps=[1], output_scale=2), make_features(channels, sizes)
+    (net,) = network.bottlenecks
+    expected = net(features[1], None, (8, 8), torch.tensor(1.0))
+    torch.testing.assert_close(network(features, None), expected)
+    blind = [features[0].fill_(torch.nan), features[1], features[2].fill_(torch.nan)]
+    assert network(blind, None).isfinite().all()
+    coarse = make_network(channels, taps=[0], output_scale=2)
+    assert coarse(make_features(channels, sizes), None).shape == (2, 16, 8, 8)  # as all heads of this backbone
+
+
+@pytest.mark.parametrize("taps", [[], [3], [-1], [0, 0]])
+def test_other_numbers_than_those_of_taps_are_refused(taps):
+    with pytest.raises(ValueError, match="taps: expected different numbers of 0 to 2, got "):
+        make_network([4, 4, 4], taps=taps)
+
+
 def test_a_new_network_mixes_evenly():
     network = AggregationNetwork(tap_channels=[4, 4, 4], output_scale=1, **WIDTHS)
     assert torch.equal(network.mixing_weights.softmax(0), torch.full((3,), 1 / 3))
@@ -112,5 +130,5 @@ def test_time_embedding_is_heard_per_sample():
 
 
 def test_another_number_of_taps_is_an_error():
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="features: expected 2 taps, got 3"):
         make_network([12, 8])(make_features([12, 8, 8], [2, 4, 4]), None)

@@ -133,8 +133,9 @@ def test_a_damaged_picture_is_named(tmp_path, content):
         load_control(path, (64, 64))
 
 
-def test_a_control_of_another_mode_is_named(tmp_path):
-    for mode in ("RGBA", "I;16"):
-        Image.new(mode, (8, 8)).save(tmp_path / "control.png")
-        with pytest.raises(ValueError, match=f"control: picture 0 has mode {mode}, expected RGB"):
-            FixedTarget(load_control(tmp_path / "control.png", (8, 8)))
+def test_controls_of_other_modes_are_read_as_labels_are(tmp_path):
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(grey).save(tmp_path / "depth.png")  # 16 bits
+    assert np.array_equal(np.asarray(load_control(tmp_path / "depth.png", (16, 16)))[..., 0], grey // 257)
+    Image.new("RGBA", (8, 8), (10, 20, 30, 255)).save(tmp_path / "control.png")
+    assert load_control(tmp_path / "control.png", (8, 8)).getpixel((3, 3)) == (10, 20, 30)

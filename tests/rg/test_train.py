@@ -99,12 +99,12 @@ def test_validation_is_logged_for_every_noise_level(folder, uninterrupted):
     for level in LEVELS:
         for column in (f"val/loss_t{level}", f"val/pck@0.05_t{level}", f"val/pck@0.1_t{level}"):
             values = logged(folder / "whole", column)
-            assert list(values) == [3], column  # after the only whole epoch, of four steps
-            assert 0 <= float(values[3]) < 2
-    assert {path.name for path in (folder / "whole/pictures").iterdir()} == {
-        "readouts-000004.png",
-        "mixing_weights-000004.png",
-    }
+            assert list(values) == [3, 6], column  # after the only whole epoch, of four steps, and at the end
+            assert all(0 <= float(value) < 2 for value in values.values())
+        losses = logged(folder / "whole", f"val/loss_t{level}")
+        assert losses[3] != losses[6]
+    figures = {f"{name}-{step:06d}.png" for name in ("readouts", "mixing_weights") for step in (4, 6)}
+    assert {path.name for path in (folder / "whole/pictures").iterdir()} == figures
 
 
 @pytest.mark.parametrize("checkpoint_every", [3, 4], ids=["middle-of-epoch", "end-of-epoch"])

@@ -1,0 +1,71 @@
+"""A table of a sweep's trainings, seeds averaged: python -m experiments.training_table outputs/sweep_dataset_size"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+from experiments.estimates import of_mean
+from experiments.ship_head import final_scores
+from rg.evaluation import write_text
+from rg.runs import clear_errors
+
+
+def read_runs(folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Settings of a sweep -> last held-out scores, val/NAME_tLEVEL -> value, of its runs; these differ in seed alone.
+
+    Raises:
+        FileNotFoundError: there is no finished run, or one was never scored.
+    """
+    runs: dict[str, list[dict[str, float]]] = {}
+    for head in sorted(folder.glob("*/head/head.json")):
+        run_dir = head.parents[1]
+        if not run_dir.is_symlink():
+            overrides = yaml.safe_load((run_dir / ".hydra" / "overrides.yaml").read_text())
+            settings = " ".join(o for o in overrides if not o.startswith(("+sweep=", "seed=", "resume=")))
+            runs.setdefault(settings, []).append(final_scores(run_dir))
+    if not runs:
+        raise FileNotFoundError(f"{folder}: expected runs with head/head.json, found none")
+    return runs
+
+
+def training_table(folder: Path) -> str:
+    """Markdown: a table per held-out score, a row per setting, a column per noise level; ± is half a 95 % interval."""
+    runs = read_runs(folder)
+    columns = [column for column in next(iter(runs.values()))[0] if "loss" not in column]
+    tables = []
+    for name in dict.fromkeys(column.rsplit("_t", 1)[0] for column in columns):
+        levels = [column.rsplit("_t", 1)[1] for column in columns if column.rsplit("_t", 1)[0] == name]
+        header = [name.removeprefix("val/"), *(f"t = {level}" for level in levels), "mean", "seeds"]
+        lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        for settings, scores in runs.items():
+            rows = [[found[f"{name}_t{level}"] for level in levels] for found in scores]
+            lines.append(f"| {settings} | {' | '.join(_cells(rows))} | {len(rows)} |")
+        tables.append("\n".join(lines) + "\n")
+    return "\n".join(tables)
+
+
+def _cells(rows: Sequence[Sequence[float]]) -> list[str]:
+    """Of runs' scores at every noise level: their means, and that over the levels, which is one number of a run."""
+    values = torch.tensor([[*row, sum(row) / len(row)] for row in rows], dtype=torch.float64)
+    if len(values) == 1:
+        return [f"{value:.3f}" for value in values[0].tolist()]
+    estimates = [of_mean(column, 0.0) for column in values.T]
+    return [f"{e.ours:.3f} ± {e.high - e.ours:.3f}" for e in estimates]
+
+
+@clear_errors
+def main() -> None:
+    """Prints the tables of the folder given, and writes them there."""
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    folder = Path(sys.argv[1])
+    content = training_table(folder)
+    write_text(folder / "table.md", content)
+    print(content + f"\n{folder / 'table.md'}")
+
+
+if __name__ == "__main__":
+    main()
