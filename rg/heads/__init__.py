@@ -21,8 +21,8 @@ def load_head(folder: str | Path, class_path: str | None = None) -> ReadoutHead:
     """Loads whichever head was saved by `save_pretrained`, from its folder or by the name of a shipped one.
 
     Args:
-        class_path: where a class that is not of this package is, see `import_head`. The folder cannot say so itself: what
-            it names is never imported.
+        class_path: of a class that is not of this package, see `import_head`. The folder cannot give it: what a folder
+            names is never imported.
 
     Raises:
         FileNotFoundError: the folder holds no head.json.
@@ -37,8 +37,8 @@ def load_head(folder: str | Path, class_path: str | None = None) -> ReadoutHead:
     name = json.loads(record.read_text())["class"]
     if name not in HEADS:
         raise ValueError(
-            f"head={folder}: expected one of the classes {sorted(HEADS)}, found {name!r}; a class of your own has to be "
-            "given too, as head.class=module.Class"
+            f"head={folder}: expected one of the classes {sorted(HEADS)}, found {name!r}; a class of your own has to "
+            "be given too, as head.class=module.Class"
         )
     return HEADS[name].from_pretrained(folder)
 
