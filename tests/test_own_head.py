@@ -79,7 +79,7 @@ def test_the_head_is_trained_and_loads(reader: Reader, monkeypatch: pytest.Monke
 
 
 def test_the_person_stands_where_the_mask_is(reader: Reader):
-    (first, last) = re.search(
+    first, last = re.search(
         r"mean energy: ([\d.]+) at the first guided step, ([\d.]+) at the last", reader.said
     ).groups()
     assert float(last) < 0.5 * float(first)

@@ -89,10 +89,7 @@ def test_a_real_picture_is_inverted_and_comes_back(run, tmp_path):
         (["heads=[]"], "expected one weight for each of some heads"),
         (["heads=[look]", "weights=[1,2]"], "expected one weight for each of some heads"),
         (["heads=[look]", "classes=[null,null]"], "classes: expected one or null for each of heads"),
-        (
-            ["heads=[look]", "classes=[rg.heads.CorrespondenceHead]"],
-            "expected a CorrespondenceHead, found a AppearanceHe",
-        ),
+        (["heads=[look]", "classes=[rg.heads.CorrespondenceHead]"], "expected a CorrespondenceHead, found a App"),
         (["heads=[look]", "classes=[nowhere.Head]"], "class=nowhere.Head: .*No module named 'nowhere'"),
         (["heads=[map]"], "compare with a reference, found a SpatialHead"),
         (["heads=[nowhere]"], "nowhere"),
