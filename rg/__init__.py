@@ -7,6 +7,7 @@ _HOMES = {
     "FixedTarget": "rg.targets",
     "GuidanceTerm": "rg.guidance",
     "ReadoutGuidance": "rg.guidance",
+    "ReadoutHead": "rg.readout",
     "ReferenceTarget": "rg.targets",
     "SpatialHead": "rg.heads.spatial",
 }

@@ -29,17 +29,21 @@ log = logging.getLogger(__name__)
 
 
 def load_heads(cfg: DictConfig, backbone: DiffusionBackbone) -> list[tuple[RelativeHead, float]]:
-    """The relative heads of `cfg.heads` and `cfg.weights`, on the backbone's device.
+    """The relative heads of `cfg.heads`, `cfg.weights` and `cfg.classes`, on the backbone's device.
 
     Raises:
         FileNotFoundError: there is no such head.
-        ValueError: there is none, another number of weights, one that is not relative or was made for another backbone,
-            a correspondence head without a drag, or a drag without such a head.
+        ValueError: there is none, another number of weights or classes, a class that is no head, a head that is not
+            relative or was made for another backbone, a correspondence head without a drag, or a drag without one.
     """
     weights = [1.0] * len(cfg.heads) if cfg.weights is None else list(cfg.weights)
     if not cfg.heads or len(weights) != len(cfg.heads):
         raise ValueError(f"heads, weights: expected one weight for each of some heads, got {cfg.heads}, {cfg.weights}")
-    heads = [(load_head(name), float(weight)) for name, weight in zip(cfg.heads, weights, strict=True)]
+    classes = [None] * len(cfg.heads) if cfg.classes is None else list(cfg.classes)
+    if len(classes) != len(cfg.heads):
+        raise ValueError(f"classes: expected one or null for each of heads={cfg.heads}, got {cfg.classes}")
+    loaded = [load_head(name, class_path) for name, class_path in zip(cfg.heads, classes, strict=True)]
+    heads = [(head, float(weight)) for head, weight in zip(loaded, weights, strict=True)]
     for head, _ in heads:
         if not isinstance(head, RelativeHead):
             raise ValueError(f"heads: expected heads that compare with a reference, found a {type(head).__name__}")

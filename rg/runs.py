@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from transformers.utils import logging as transformers_logging
 
 OUTPUTS = "outputs"
-BAD_INPUT = (ValueError, FileNotFoundError, FloatingPointError)
+# ImportError: Hydra found no such _target_.
+BAD_INPUT = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
 _chosen: dict[tuple[str, str], str] = {}
 
 

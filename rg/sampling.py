@@ -32,7 +32,8 @@ SETTINGS = {"pndm": {"skip_prk_steps": True}}
 
 
 def choose_head(choice: DictConfig, family: str) -> ReadoutHead:
-    """The head of a command: `head.released`, one of the authors' by name or file, where it is given, else `head.path`.
+    """The head of a command: `head.released`, one of the authors' by name or file, where it is given, else `head.path`,
+    which `head.class` reads where that is a class of the user's own.
 
     Args:
         family: the world's family of backbones, for which a released head is taken.
@@ -42,7 +43,7 @@ def choose_head(choice: DictConfig, family: str) -> ReadoutHead:
     """
     if choice.released is not None:
         return released.load(choice.released, family=family)
-    return load_head(choice.path)
+    return load_head(choice.path, choice["class"])
 
 
 def set_scheduler(pipe: Any, name: str) -> None:

@@ -1,6 +1,7 @@
 """Readout heads, one file each."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 from rg.heads.appearance import AppearanceHead
@@ -16,17 +17,46 @@ HEADS: dict[str, type[ReadoutHead]] = {
 }
 
 
-def load_head(folder: str | Path) -> ReadoutHead:
+def load_head(folder: str | Path, class_path: str | None = None) -> ReadoutHead:
     """Loads whichever head was saved by `save_pretrained`, from its folder or by the name of a shipped one.
+
+    Args:
+        class_path: of a class that is not of this package, see `import_head`. The folder cannot give it: what a folder
+            names is never imported.
 
     Raises:
         FileNotFoundError: the folder holds no head.json.
-        ValueError: it names a class that is not a head of this package.
+        ValueError: class_path leads to no head, the folder holds a head of another class, or without a class_path one
+            that is not of this package.
     """
+    if class_path is not None:
+        return import_head(class_path).from_pretrained(folder)
     record = locate(folder, "heads") / "head.json"
     if not record.is_file():
         raise FileNotFoundError(f"head={folder}: expected a folder with head.json and head.safetensors, found none")
     name = json.loads(record.read_text())["class"]
     if name not in HEADS:
-        raise ValueError(f"head={folder}: expected one of the classes {sorted(HEADS)}, found {name!r}")
+        raise ValueError(
+            f"head={folder}: expected one of the classes {sorted(HEADS)}, found {name!r}; a class of your own has to "
+            "be given too, as head.class=module.Class"
+        )
     return HEADS[name].from_pretrained(folder)
+
+
+def import_head(class_path: str) -> type[ReadoutHead]:
+    """The head class at "module.Class", which is imported: code of the user's, from the current folder or installed.
+
+    Raises:
+        ValueError: there is no such module or class, its import fails, or the class is not a ReadoutHead.
+    """
+    expected = f"class={class_path}: expected module.Class, a ReadoutHead that can be imported from here"
+    module, _, name = str(class_path).rpartition(".")
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise ValueError(expected)
+    try:
+        found = getattr(import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"{expected}; {error}") from error
+    if not (isinstance(found, type) and issubclass(found, ReadoutHead)):
+        raise ValueError(f"{expected}; found {'nothing' if found is None else repr(found)} of that name in {module}")
+    return found

@@ -67,7 +67,8 @@ def test_a_drag_compares_its_two_ends(run):
     """Dragged nowhere, the energy is that of a vector with itself: -1."""
     _, still = run("heads=[point]", "images=1", "noise=reference", "drag=[[20,30,20,30]]")
     assert float(still[0].energy) == pytest.approx(-1, abs=1e-5)
-    _, moved = run("heads=[look,point]", "images=1", "noise=reference", "drag=[[20,30,44,12]]", "weights=[0.0,2.0]")
+    words = ["heads=[look,point]", "weights=[0.0,2.0]", "classes=[null,rg.heads.CorrespondenceHead]"]
+    _, moved = run(*words, "images=1", "noise=reference", "drag=[[20,30,44,12]]")
     assert -2 < float(moved[0].energy) < -1e-3
 
 
@@ -87,6 +88,9 @@ def test_a_real_picture_is_inverted_and_comes_back(run, tmp_path):
     [
         (["heads=[]"], "expected one weight for each of some heads"),
         (["heads=[look]", "weights=[1,2]"], "expected one weight for each of some heads"),
+        (["heads=[look]", "classes=[null,null]"], "classes: expected one or null for each of heads"),
+        (["heads=[look]", "classes=[rg.heads.CorrespondenceHead]"], "expected a CorrespondenceHead, found a App"),
+        (["heads=[look]", "classes=[nowhere.Head]"], "class=nowhere.Head: .*No module named 'nowhere'"),
         (["heads=[map]"], "compare with a reference, found a SpatialHead"),
         (["heads=[nowhere]"], "nowhere"),
         (["heads=[point]"], "drag: expected one with a correspondence head"),
