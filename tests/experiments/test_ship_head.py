@@ -16,7 +16,8 @@ def run_dir(tmp_path: Path) -> Path:
     head = SpatialHead(tap_channels=[8], time_embed_dim=6, projection_dim=16, norm_groups=2, val_timesteps=[50, 600])
     head.save_pretrained(tmp_path / "head")
     (tmp_path / ".hydra").mkdir()
-    (tmp_path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(["+experiment=pose_100", "seed=3", "resume=true"]))
+    words = ["+experiment=pose_100", "seed=3", "resume=true"]
+    (tmp_path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(words))
     config = {"seed": 3, "world": {"name": "marionette"}, "trainer": {"max_steps": 500}}
     config["data"] = {"size": 100, "val_size": 4, "batch_size": 16}
     (tmp_path / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config))
