@@ -19,6 +19,7 @@ CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
 WORLDS = sorted(path.stem for path in CONF.glob("world/*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
+SWEEPS = sorted(path.stem for path in CONF.glob("sweep/*.yaml"))
 RECIPES = sorted(path.stem for path in CONF.glob("recipe/*.yaml"))
 INSTRUCTIONS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 # Arguments that rg.train reads off the backbone and gives to the head itself.
@@ -35,18 +36,25 @@ def command(file: str) -> tuple[str | None, str | None]:
     return (found[1], found[2]) if found else (None, None)
 
 
-def config_of(experiment: str) -> str:
-    """The config that an experiment extends: that of the command on top of it, else train's."""
-    module, _ = command(f"experiment/{experiment}.yaml")
+def config_of(file: str) -> str:
+    """The config that an experiment or sweep extends: that of the command on top of it, else train's."""
+    module, _ = command(f"{file}.yaml")
     return next((config for config, owner in COMMANDS.items() if owner == module), "train")
+
+
+def first_values(sweep: str) -> list[str]:
+    """The overrides of a sweep's first job."""
+    params = OmegaConf.load(CONF / f"sweep/{sweep}.yaml").hydra.sweeper.params
+    return [f"{key}={str(values).split(',')[0]}" for key, values in params.items()]
 
 
 # PixArt has no image-to-image pipeline, which edits the pictures of these.
 NO_DATA = {("appearance", "pixart"), ("identity", "pixart")}
 PAIRS = [(name, world) for name in EXPERIMENTS for world in WORLDS if (name, world) not in NO_DATA]
 RUNS = [
-    *((config_of(name), [f"+experiment={name}", f"world={world}"]) for name, world in PAIRS),
+    *((config_of(f"experiment/{name}"), [f"+experiment={name}", f"world={world}"]) for name, world in PAIRS),
     *(("prepare", [f"+recipe={name}"]) for name in RECIPES),
+    *((config_of(f"sweep/{name}"), [f"+sweep={name}", *first_values(name)]) for name in SWEEPS),
     *((name, [f"world={world}"]) for name in ("sample", "evaluate", "edit") for world in WORLDS),
 ]
 
@@ -109,7 +117,7 @@ def compose_plain(config: str, overrides: list[str]) -> dict[str, Any]:
 
 def test_there_are_configs() -> None:
     assert {f"{name}.yaml" for name in COMMANDS} <= set(FILES)
-    assert EXPERIMENTS and WORLDS and RECIPES
+    assert EXPERIMENTS and WORLDS and RECIPES and SWEEPS
     assert any(list(calls(OmegaConf.to_container(OmegaConf.load(CONF / file)))) for file in FILES)
 
 
