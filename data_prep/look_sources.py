@@ -26,8 +26,8 @@ COAT = ("shirt", "trousers", "skin", "hair", "eye", "shirt_pattern", "trousers_p
 class MarionetteLooks:
     """Endless rendered videos: a frame, another one, and the first in the same pose with another appearance.
 
-    An edit of the first is asked for that other appearance: the captions of this world name every colour, and an edit
-    under its own would keep them.
+    An edit of the first is asked for the last picture's appearance: the captions of this world name every colour, and
+    an edit under its own would keep them.
 
     Args:
         seed: of the world; the group at an index depends on (seed, split, index) alone.
@@ -63,7 +63,7 @@ class MarionetteLooks:
             images=stills.image[:2],
             prompt=stills.prompt[0],
             kind=stills.kind[0],
-            edit_prompt=stills.prompt[2],
+            edit_prompt=stills.prompt[-1],
             negatives=stills.image[2:],
             seed=seed,
             identity=stills.identity[0],
@@ -71,19 +71,20 @@ class MarionetteLooks:
 
 
 class MarionetteFaces(MarionetteLooks):
-    """Endless faces: a person, the same one in another place, turn and light, and there is a look-alike for each.
+    """Endless faces: a person, the same one in another place, turn and light, a look-alike, and a stranger.
 
-    A look-alike is dressed, coloured and named in the same words; build and eyes are another's. No person is in two
-    groups. Faces fill most of a picture and look towards the camera, as in the tightly cropped ones of Luo et al.
-    (2024): their readouts are compared place by place.
+    A look-alike is dressed, coloured and named in the same words; build and eyes are another's. A stranger shares
+    nothing but by chance. No person is in two groups. Faces fill most of a picture and look towards the camera, as in
+    the tightly cropped ones of Luo et al. (2024): their readouts are compared place by place.
     """
 
     def scenes(self, seed: tuple[int, ...]) -> list[Scene]:
-        """Anchor, positive and look-alike."""
-        anchor, elsewhere, third = (draw_face((LOOK_STREAM + number, *seed)) for number in range(3))
+        """Anchor, positive, look-alike and stranger."""
+        anchor, elsewhere, third, stranger = (draw_face((LOOK_STREAM + number, *seed)) for number in range(4))
         person, other = anchor.people[0], third.people[0]
         build = {name: other.identity[name] for name in (*SHAPE, "eye")}
-        return [anchor, _with(elsewhere, person), _with(third, replace(person, identity=person.identity | build))]
+        lookalike = replace(person, identity=person.identity | build)
+        return [anchor, _with(elsewhere, person), _with(third, lookalike), stranger]
 
 
 def draw_face(seed: tuple[int, ...]) -> Scene:

@@ -52,13 +52,13 @@ def correspondence_scores(maps: Tensor, batch: Batch) -> dict[str, Tensor]:
 
 
 def appearance_scores(head: AppearanceHead) -> Score:
-    """Distances to the positive, to each negative, and to the next group's positive, a stranger."""
+    """Distances to the positive, to each negative, and to a stranger: the next group's positive where none is given."""
 
     def score(maps: Tensor, batch: Batch) -> dict[str, Tensor]:
         positive, negatives = head.distances(maps)
         stranger = head.energy(maps[:, 1].roll(1, 0), maps[:, 0])
         alone = torch.tensor(len(maps) == 1)
-        return {"positive": positive, **negatives, "stranger": stranger.masked_fill(alone, torch.nan)}
+        return {"positive": positive, "stranger": stranger.masked_fill(alone, torch.nan), **negatives}
 
     return score
 

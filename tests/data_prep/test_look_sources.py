@@ -38,11 +38,12 @@ def test_another_appearance_moves_no_surface(kind):
 def test_a_look_alike_differs_in_its_build_and_eyes_alone_and_stands_elsewhere():
     for index in range(5):
         scenes = MarionetteFaces().scenes((0, 0, index))
-        anchor, positive, lookalike = (scene.people[0] for scene in scenes)
+        anchor, positive, lookalike, stranger = (scene.people[0] for scene in scenes)
         assert anchor.identity == positive.identity and anchor.phase == positive.phase == lookalike.phase
         assert {name: anchor.identity[name] for name in WORDS} == {name: lookalike.identity[name] for name in WORDS}
         assert all(anchor.identity[name] != lookalike.identity[name] for name in SHAPE)
-        assert len({scene.camera for scene in scenes}) == 3
+        assert all(anchor.identity[name] != stranger.identity[name] for name in SHAPE)
+        assert len({scene.camera for scene in scenes}) == 4
         assert anchor.pose != positive.pose != lookalike.pose
         assert {scene.kind for scene in scenes} == {"portrait"}
     people = [str(MarionetteFaces().scenes((0, split, i))[0].people[0].identity) for split in (0, 3) for i in range(9)]
@@ -138,5 +139,5 @@ def test_shards_of_triplets(tmp_path):
     }
     build(root=str(tmp_path), n=2, **recipe)
     found = read_shards(tmp_path / "train")
-    assert found.image.shape == (2, 4, 3, 64, 64) and found.latent.shape == (2, 4, 8, 16, 16)
-    assert found.points.shape == (2, 0, 4, 3)
+    assert found.image.shape == (2, 5, 3, 64, 64) and found.latent.shape == (2, 5, 8, 16, 16)
+    assert found.points.shape == (2, 0, 5, 3)
