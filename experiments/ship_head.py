@@ -11,6 +11,7 @@ import yaml
 
 from rg.evaluation import write_text
 from rg.heads import load_head
+from rg.heads.relative import RelativeHead
 from rg.models import MODELS
 from rg.runs import clear_errors
 
@@ -42,6 +43,7 @@ def ship(run_dir: Path, name: str, models: Path = MODELS) -> Path:
     head.save_pretrained(folder, half=True)
     levels = head.hparams.val_timesteps
     names = sorted({key.split("/")[1].rsplit("_t", 1)[0] for key in scores})
+    samples = "groups of pictures" if isinstance(head, RelativeHead) else "pictures"
     data, steps = config["data"], config["trainer"]["max_steps"]
     count = sum(p.numel() for p in head.parameters())
     lines = [
@@ -51,8 +53,8 @@ def ship(run_dir: Path, name: str, models: Path = MODELS) -> Path:
         "",
         f"    python -m rg.train {' '.join(overrides)}",
         "",
-        f"with seed {config['seed']}: {data['size']:,} training pictures, {steps:,} steps of {data['batch_size']}.",
-        f"On {data['val_size']} held-out pictures, read by the head in full precision:",
+        f"with seed {config['seed']}: {data['size']:,} training {samples}, {steps:,} steps of {data['batch_size']}.",
+        f"On {data['val_size']} held-out {samples}, read by the head in full precision:",
         "",
         "| " + " | ".join(["noise level t", *(str(level) for level in levels)]) + " |",
         "|---" * (len(levels) + 1) + "|",
