@@ -37,7 +37,8 @@ def training_table(folder: Path) -> str:
     columns = [column for column in next(iter(runs.values()))[0] if "loss" not in column]
     tables = []
     for name in dict.fromkeys(column.rsplit("_t", 1)[0] for column in columns):
-        levels = [column.rsplit("_t", 1)[1] for column in columns if column.rsplit("_t", 1)[0] == name]
+        parts = (column.rsplit("_t", 1) for column in columns)
+        levels = sorted((level for owner, level in parts if owner == name), key=int)
         header = [name.removeprefix("val/"), *(f"t = {level}" for level in levels), "mean", "seeds"]
         lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         for settings, scores in runs.items():

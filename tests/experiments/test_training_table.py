@@ -18,7 +18,7 @@ def sweep(tmp_path):
         if score:
             (folder / "head/head.json").write_text("{}")
         with (folder / "csv/version_0/metrics.csv").open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, ["step", "val/loss_t50", "val/pck@0.1_t50", "val/pck@0.1_t600"])
+            writer = csv.DictWriter(stream, ["step", "val/loss_t50", "val/pck@0.1_t600", "val/pck@0.1_t50"])
             writer.writeheader()
             writer.writerow({"step": 4, "val/pck@0.1_t50": 0.01, "val/pck@0.1_t600": 0.01, "val/loss_t50": 3})
             writer.writerow({"step": 9, "val/pck@0.1_t50": score, "val/pck@0.1_t600": score / 2, "val/loss_t50": 2})
