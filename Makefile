@@ -11,7 +11,10 @@ CONSTRAINTS := -c constraints.txt $(if $(shell command -v nvidia-smi),,-c constr
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo train eval-pck test test-slow test-all lint clean
+# Two processes of one thread each: on small tensors more threads take longer.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test test-slow test-all: export HF_HUB_OFFLINE = 1
+test test-slow test-all: export OMP_NUM_THREADS = 1
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,13 +32,13 @@ eval-pck: $(STAMP) ## score keypoints with and without guidance
 	$(BIN)/python -m rg.evaluate world=$(WORLD) $(ARGS)
 
 test: $(STAMP) ## the fast tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: $(STAMP) ## the slow tests alone
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 test-all: $(STAMP) ## every test
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 lint: $(STAMP) ## style, annotations and formatting
 	$(BIN)/ruff check .

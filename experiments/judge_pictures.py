@@ -14,6 +14,7 @@ from tqdm import tqdm, trange
 
 from data_prep.marionette import ATTRIBUTES, render, render_scenes
 from data_prep.marionette.draw import draw_scene
+from experiments.marionette.mixed_precision import mixed_precision
 from experiments.marionette.pictures import world_id
 from rg.backbone import DiffusionBackbone
 
@@ -73,7 +74,7 @@ def through_autoencoder(images: Tensor, backbone: DiffusionBackbone, generator: 
     """
     parts = []
     for chunk in tqdm(images.split(CHUNK), desc="autoencoder", unit_scale=CHUNK):
-        with torch.autocast(backbone.device.type, torch.bfloat16):
+        with mixed_precision(backbone.device):
             latents, spread = (x.float().cpu() for x in backbone.encode(from_bytes(chunk)))
             if generator is not None:
                 strength = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, generator=generator)

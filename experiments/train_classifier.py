@@ -13,6 +13,7 @@ from data_prep.marionette import ATTRIBUTES, KINDS, LABELS
 from experiments.augmentation import degrade, is_mirrored, jitter, warp
 from experiments.judge_pictures import SECOND_PERSON, Pictures, from_bytes, render_pictures, through_autoencoder
 from experiments.judge_training import describe, train, write_card
+from experiments.marionette.mixed_precision import mixed_precision
 from rg.backbone import DiffusionBackbone
 from rg.classifier import PATCH, SECOND, AttributeClassifier
 from rg.finder import crop
@@ -131,7 +132,7 @@ def run(settings: dict[str, Any]) -> str:
 
     def loss(network: AttributeClassifier, pictures: Pictures, empty: Tensor, generator: Generator) -> Tensor:
         images, classes, masks = draw_batch(pictures, settings["batch_size"], generator)
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             maps, values, overview = network.attention(images.to(device))
             logits = network.answer(maps, values, overview)
         return classification_loss(logits, classes) + ATTENTION_WEIGHT * attention_loss(maps, masks)

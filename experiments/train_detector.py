@@ -12,6 +12,7 @@ from experiments.detector_pictures import draw_batch
 from experiments.detector_quality import finish
 from experiments.judge_pictures import Pictures
 from experiments.judge_training import train
+from experiments.marionette.mixed_precision import mixed_precision
 from rg.backbone import DiffusionBackbone
 from rg.detectors import KeypointDetector
 from rg.finder import PATCH
@@ -79,7 +80,7 @@ def run(settings: dict[str, Any]) -> str:
 
     def loss(network: KeypointDetector, pictures: Pictures, empty: Tensor, generator: Generator) -> Tensor:
         batch = draw_batch(pictures, empty, settings["batch_size"], generator)
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             cells, absent = network(batch.crops.to(device))
             scores, boxes = network.finder(batch.images.to(device))
         size = (batch.crops.shape[-2], batch.crops.shape[-1])

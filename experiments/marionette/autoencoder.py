@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from experiments.judge_pictures import from_bytes, to_bytes
 from experiments.marionette.files import Outcome, is_done, save, write_note
+from experiments.marionette.mixed_precision import mixed_precision
 from experiments.marionette.pictures import Pictures
 from experiments.marionette.reconstruction import encode, quality, write_grid
 from experiments.marionette.trainer import Trainer
@@ -57,11 +58,11 @@ def loss_of(vae: AutoencoderKL, generator: Generator, *, pictures: Tensor, batch
     """
     rows = torch.randint(len(pictures), (batch_size,), generator=generator, device=generator.device)
     images = from_bytes(pictures[rows])
-    with torch.autocast(images.device.type, torch.bfloat16):
+    with mixed_precision(images.device):
         moments = vae.quant_conv(vae.encoder(images))
     mean, log_variance = moments.float().chunk(2, 1)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-    with torch.autocast(images.device.type, torch.bfloat16):
+    with mixed_precision(images.device):
         decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     return reconstruction_loss(decoded.float(), images) + kl_weight * divergence

@@ -7,6 +7,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from experiments.marionette.mixed_precision import mixed_precision
+
 EMPTY = 0.15  # share of prompts that are left out, so that guidance by text has something to move away from
 SNR_CAP = 5.0
 
@@ -82,7 +84,7 @@ def loss_of(denoiser: Denoiser, generator: Generator, *, data: dict[str, Tensor]
     tokens = torch.where(left_out, data["empty"], data["tokens"][rows])
     timesteps = draw_timesteps(batch_size, len(data["alphas_cumprod"]), generator)
     abar = data["alphas_cumprod"][timesteps].view(-1, 1, 1, 1)
-    with torch.autocast(mean.device.type, torch.bfloat16):
+    with mixed_precision(mean.device):
         predicted = denoiser(abar.sqrt() * latents + (1 - abar).sqrt() * noise, timesteps, tokens)
     error = (predicted.float() - noise).square().mean((1, 2, 3))
     snr = (abar / (1 - abar)).flatten()
