@@ -14,13 +14,12 @@ from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from data_prep.shard_writer import ShardWriter
-from data_prep.sources import Source
-from rg.runs import clear_errors
-from rg.samples import SPLITS, DataError
-from rg.shards import Manifest
+from data_prep.records import Source
+from data_prep.writer import ShardWriter
+from rg.cli import CONF, clear_errors
+from rg.data.samples import SPLITS, DataError
+from rg.data.shards import Manifest
 
-CONF = Path(__file__).parents[1] / "conf"
 PACKAGES = ("torch", "diffusers", "numpy", "pillow", "webdataset")
 
 
@@ -41,9 +40,9 @@ def build(
 
     Args:
         root: folder of the data set.
-        source: constructor call (`_target_` and arguments) of a source, see data_prep.sources.
+        source: constructor call (`_target_` and arguments) of a source, see data_prep.sources.folders.
         annotator: constructor call of an annotator, see data_prep.annotators.
-        backbone: call that gives the rg.backbone.DiffusionBackbone whose autoencoder makes the latents.
+        backbone: call that gives the rg.backbone.diffusion.DiffusionBackbone whose autoencoder makes the latents.
         shard_size: indices per shard.
         split: one of SPLITS.
         n: number of samples of an endless source, which goes on where some are skipped, up to index 2n; of a finite

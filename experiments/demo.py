@@ -11,12 +11,10 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from rg.cli import CONF, OUTPUTS, clear_errors, run_folder
 from rg.evaluate import evaluate
-from rg.runs import OUTPUTS, clear_errors, run_folder
 from rg.sample import sample
 from rg.train import train
-
-CONF = Path(__file__).parents[1] / "conf"
 
 
 def _compose(command: str, overrides: list[str], run_dir: Path) -> DictConfig:

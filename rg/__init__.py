@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "FixedTarget": "rg.targets",
-    "GuidanceTerm": "rg.guidance",
-    "ReadoutGuidance": "rg.guidance",
-    "ReadoutHead": "rg.readout",
-    "ReferenceTarget": "rg.targets",
+    "FixedTarget": "rg.guidance.targets",
+    "GuidanceTerm": "rg.guidance.guidance",
+    "ReadoutGuidance": "rg.guidance.guidance",
+    "ReadoutHead": "rg.heads.base",
+    "ReferenceTarget": "rg.guidance.targets",
     "SpatialHead": "rg.heads.spatial",
 }
 __all__ = list(_HOMES)

@@ -3,43 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from torch import Tensor
 
-from rg.readout import ReadoutHead
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes a figure under a temporary name, renames it, and closes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part.png")
-    figure.savefig(temporary, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-    temporary.replace(path)
-
-
-def picture_grid(rows: dict[str, Tensor], side: int = 96) -> Any:
-    """A figure with one labelled row per entry; every entry is (N, 3, H, W) in [0, 1]."""
-    columns = max(len(row) for row in rows.values())
-    figure, axes = plt.subplots(len(rows), 1, figsize=(columns * side / 96, len(rows) * side / 96), squeeze=False)
-    for axis, (name, pictures) in zip(axes[:, 0], rows.items(), strict=True):
-        shown = F.interpolate(pictures.detach().float().cpu(), (side, side), mode="nearest")
-        axis.imshow(np.concatenate(list(shown.permute(0, 2, 3, 1).numpy()), axis=1).clip(0, 1))
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-    figure.subplots_adjust(hspace=0.03)
-    return figure
+from rg.heads.base import ReadoutHead
+from rg.io.figures import bar_chart, picture_grid, save_figure
 
 
 def finish_wandb(trainer: Trainer) -> None:
@@ -95,8 +64,5 @@ class MixingWeights(_Figures):
         if not trainer.is_global_zero:
             return
         weights = head.aggregation.mixing_weights.detach().softmax(0).tolist()
-        figure, axis = plt.subplots(figsize=(4, 2.2))
-        axis.bar([str(tap) for tap in head.aggregation.taps], weights)
-        axis.set_xlabel("tap")
-        axis.set_ylabel("mixing weight")
-        self._publish(trainer, "mixing_weights", figure)
+        bars = dict(zip(map(str, head.aggregation.taps), weights, strict=True))
+        self._publish(trainer, "mixing_weights", bar_chart(bars, x="tap", y="mixing weight"))

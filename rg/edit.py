@@ -13,17 +13,18 @@ from omegaconf import DictConfig
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from rg.backbone import DiffusionBackbone
-from rg.callbacks import picture_grid, save_figure
-from rg.guidance import GuidanceTerm, ReadoutGuidance
+from rg.backbone.diffusion import DiffusionBackbone
+from rg.backbone.inversion import invert
+from rg.cli import clear_errors, point_latest
+from rg.generation import generate, set_scheduler
+from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
+from rg.guidance.targets import ReferenceTarget
 from rg.heads import load_head
 from rg.heads.correspondence import CorrespondenceHead
 from rg.heads.relative import RelativeHead, pick
-from rg.inversion import invert
+from rg.io.figures import picture_grid, save_figure
+from rg.io.images import load_control, save_picture
 from rg.points import Size, box_cells, cells, inside
-from rg.runs import clear_errors, point_latest
-from rg.sampling import generate, load_control, save_picture, set_scheduler
-from rg.targets import ReferenceTarget
 
 log = logging.getLogger(__name__)
 

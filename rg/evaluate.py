@@ -19,17 +19,20 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from rg.backbone import DiffusionBackbone
-from rg.callbacks import picture_grid, save_figure
-from rg.detectors import KeypointDetector
-from rg.evaluation import CONDITIONS, distances_to, score_images, summarise, table, write_text
-from rg.guidance import GuidanceTerm
+from rg.backbone.diffusion import DiffusionBackbone
+from rg.cli import choose_head, clear_errors, point_latest
+from rg.data.samples import Samples
+from rg.data.shards import read_shards
+from rg.detectors.keypoints import KeypointDetector
+from rg.generation import generate, set_scheduler
+from rg.guidance.guidance import GuidanceTerm
+from rg.guidance.targets import FixedTarget
+from rg.heads.base import ReadoutHead
+from rg.io.figures import picture_grid, save_figure
+from rg.io.files import write_text
+from rg.io.images import save_picture
 from rg.points import draw_skeletons
-from rg.readout import ReadoutHead
-from rg.runs import clear_errors, point_latest
-from rg.sampling import choose_head, generate, save_picture, set_scheduler
-from rg.shards import Samples, read_shards
-from rg.targets import FixedTarget
+from rg.report import CONDITIONS, distances_to, score_images, summarise, table
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 Size = tuple[int, int]
-
 # The 18 keypoints of OpenPose's COCO model, in its order (Cao et al., 2017).
 KEYPOINTS = (
     "nose", "neck",
@@ -16,13 +15,11 @@ KEYPOINTS = (
     "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle",
     "right_eye", "left_eye", "right_ear", "left_ear",
 )  # fmt: skip
-
 # Pairs of keypoints that a skeleton joins, in OpenPose's drawing order.
 LIMBS = (
     (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10),
     (1, 11), (11, 12), (12, 13), (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),
 )  # fmt: skip
-
 # OpenPose's eighteen hues, 0..255 RGB: keypoint k has COLORS[k], limb l the same hue at 60 % brightness.
 COLORS = (
     (255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0),

@@ -10,14 +10,15 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from rg.backbone import DiffusionBackbone
-from rg.callbacks import picture_grid, save_figure
-from rg.guidance import GuidanceTerm
-from rg.readout import ReadoutHead
-from rg.runs import clear_errors, point_latest
-from rg.sampling import choose_head, generate, load_control, save_picture, set_scheduler
-from rg.shards import read_shards
-from rg.targets import FixedTarget
+from rg.backbone.diffusion import DiffusionBackbone
+from rg.cli import choose_head, clear_errors, point_latest
+from rg.data.shards import read_shards
+from rg.generation import generate, set_scheduler
+from rg.guidance.guidance import GuidanceTerm
+from rg.guidance.targets import FixedTarget
+from rg.heads.base import ReadoutHead
+from rg.io.figures import picture_grid, save_figure
+from rg.io.images import load_control, save_picture
 
 log = logging.getLogger(__name__)
 

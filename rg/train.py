@@ -9,10 +9,10 @@ from hydra.utils import instantiate
 from lightning import seed_everything
 from omegaconf import DictConfig
 
-from rg.backbone import DiffusionBackbone
+from rg.backbone.diffusion import DiffusionBackbone
 from rg.callbacks import finish_wandb
-from rg.readout import ReadoutHead
-from rg.runs import clear_errors, point_latest
+from rg.cli import clear_errors, point_latest
+from rg.heads.base import ReadoutHead
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffus
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from rg.denoisers import tap_channels, time_embed_dim
-from rg.guidance import ReadoutGuidance
-from rg.heads import SpatialHead
+from rg.backbone.denoiser import tap_channels, time_embed_dim
+from rg.guidance.guidance import ReadoutGuidance
+from rg.heads.spatial import SpatialHead
 from tests.families import make_schedule
 
 ROOT = Path(__file__).parents[1]

@@ -32,7 +32,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from rg.guidance import ReadoutGuidance
+from rg.guidance.guidance import ReadoutGuidance
 
 # family: (diffusers' pipeline class, model, input channels of its denoiser)
 FAMILIES: dict[str, tuple[str, str, int]] = {

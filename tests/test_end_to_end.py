@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from experiments.ship_head import ship
+from experiments.quality.ship import ship
 
 pytestmark = pytest.mark.slow
 

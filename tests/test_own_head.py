@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rg.backbone import DiffusionBackbone
-from rg.detectors import KeypointDetector
+from rg.backbone.diffusion import DiffusionBackbone
+from rg.detectors.keypoints import KeypointDetector
+from rg.generation import generate
 from rg.heads import import_head, load_head
-from rg.sampling import generate
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_prep.annotators import Label
-from data_prep.pictures import crop_picture, crop_points
-from data_prep.sources import Skip, SourceSample
-from rg.pictures import UNREADABLE, open_picture
+from data_prep.cropping import crop_picture, crop_points
+from data_prep.records import Label, Skip, SourceSample
+from rg.io.images import UNREADABLE, open_picture
 from rg.points import draw_skeletons
 
 

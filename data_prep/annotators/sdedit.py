@@ -7,10 +7,8 @@ import torch
 from diffusers import AutoPipelineForImage2Image
 from torch import Tensor
 
-from data_prep.annotators import GroupLabel
-from data_prep.groups import SourceGroup
-from data_prep.sources import Skip
-from rg.backbone import DiffusionBackbone
+from data_prep.records import GroupLabel, Skip, SourceGroup
+from rg.backbone.diffusion import DiffusionBackbone
 
 # Always the same number of pictures are edited at once: the last bits depend on it.
 BATCH = 10

@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.annotators import GroupLabel
-from data_prep.groups import SourceGroup
-from data_prep.sources import Skip
+from data_prep.records import GroupLabel, Skip, SourceGroup
 
 
 class Tracker(Protocol):
@@ -66,20 +64,6 @@ class LucasKanade:
         error = np.linalg.norm(back - points, axis=-1)
         inside = ((moved >= -0.5) & (moved < np.array(now.shape[::-1]) - 0.5)).all(-1)
         return moved, (found[:, 0] > 0) & (found_back[:, 0] > 0) & (error < self.max_error) & inside
-
-
-class ExactTracks:
-    """Takes the points that a renderer followed.
-
-    Args:
-        min_points: that must be visible in both frames of a pair, at least 1.
-    """
-
-    def __init__(self, *, min_points: int = 8) -> None:
-        self.min_points = min_points
-
-    def annotate(self, samples: Sequence[SourceGroup]) -> list[GroupLabel | Skip]:
-        return [label_pair(sample, sample.points, self.min_points) for sample in samples]
 
 
 class TrackerTracks:

@@ -8,24 +8,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from data_prep.marionette.words import (
-    describe_person,
-    describe_scene,
-    read_person,
-)
+from data_prep.marionette.vocabulary import describe_person, describe_scene, read_person
 
 VERSION = 3  # of the world: another number means other pictures for the same seeds
-
 Range = tuple[float, float]
 Pairs = Literal["seen", "unseen"]
-
 FOCAL = 3.0  # focal length in halves of the picture's side: the picture sees 18 degrees to each side
-
 # How often each kind of scene is drawn, and how large its people are: picture halves per world unit at their place.
 KINDS: dict[str, float] = {"one": 0.68, "two": 0.17, "portrait": 0.15}
 SCALES: dict[str, Range] = {"one": (0.85, 1.08), "two": (0.66, 0.88), "portrait": (2.5, 3.3)}
 MAX_PEOPLE = 2
-
 # Every angle of a pose and its range; "spread" lifts a limb sideways, "swing" turns it about the axis through the hips.
 # Yaw is relative to the camera's.
 POSE: dict[str, Range] = {

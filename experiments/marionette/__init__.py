@@ -1,1 +1,1 @@
-"""The training of the embedded model, stage by stage; `python -m experiments.train_marionette` is the command."""
+"""The training of the embedded model, stage by stage; `python -m experiments.marionette.train` is the command."""

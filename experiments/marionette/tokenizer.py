@@ -8,7 +8,6 @@ from itertools import pairwise
 from transformers import CLIPTokenizer
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
-
 Pair = tuple[str, str]
 
 

@@ -13,9 +13,8 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from experiments.marionette.files import save
-from experiments.marionette.record import Stopwatch
-from rg.evaluation import write_text
+from experiments.marionette.record import Stopwatch, save
+from rg.io.files import write_text
 
 SAVE_EVERY = 180  # seconds
 CLIP = 1.0  # largest norm of the gradient
@@ -145,3 +144,15 @@ class Trainer:
         progress.close()
         self.save()
         return self.finished
+
+
+def mixed_precision(device: str | torch.device) -> torch.autocast:
+    """Autocasts to bfloat16 where the device multiplies in it, and does nothing elsewhere.
+
+    A GPU does; a CPU does with AVX512-BF16 or AMX. Without them torch emulates it: forty times slower than float32.
+    """
+    kind = torch.device(device).type
+    able = torch.cpu.get_capabilities()
+    return torch.autocast(
+        kind, torch.bfloat16, enabled=kind != "cpu" or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    )

@@ -5,10 +5,10 @@ from importlib import import_module
 from pathlib import Path
 
 from rg.heads.appearance import AppearanceHead
+from rg.heads.base import ReadoutHead
 from rg.heads.correspondence import CorrespondenceHead
 from rg.heads.spatial import SpatialHead
 from rg.models import locate
-from rg.readout import ReadoutHead
 
 HEADS: dict[str, type[ReadoutHead]] = {
     "AppearanceHead": AppearanceHead,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rg.heads.relative import RelativeHead, flat_index, pick
-from rg.metrics import box_side, pck
+from rg.metrics.keypoints import box_side, pck
 from rg.points import Size, cells, rescale
 
 ALPHAS = (0.05, 0.1)
@@ -43,7 +43,7 @@ class CorrespondenceHead(RelativeHead):
 
         Args:
             readout: (B, 2, C, H, W).
-            batch: of pairs, see rg.groups; a pair without a point that both show adds nothing.
+            batch: of pairs, see rg.data.samples; a pair without a point that both show adds nothing.
 
         Raises:
             ValueError: the groups are no pairs.
@@ -131,7 +131,7 @@ def pair_pck(first: Tensor, second: Tensor, batch: dict[str, Any]) -> list[Tenso
 
     Args:
         first, second: (B, C, H, W), maps of the pictures of each pair.
-        batch: of pairs, see rg.groups.
+        batch: of pairs, see rg.data.samples.
     """
     source, target = batch["points"].unbind(2)
     seen = (batch["points"][..., 2] > 0).all(-1)

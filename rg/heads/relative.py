@@ -5,8 +5,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from rg.heads.base import ReadoutHead
 from rg.points import Size
-from rg.readout import ReadoutHead
 
 
 class RelativeHead(ReadoutHead):
@@ -14,8 +14,8 @@ class RelativeHead(ReadoutHead):
 
     The readout is (B, projection_dim, H, W), nowhere negative, so that cosines lie in [0, 1]. A subclass gives the
     energy, whose target is what it reads of the reference's readout; boxes and points are in cells of the readout
-    (rg.points.cells, rg.points.box_cells). It is trained on groups of pictures (rg.groups), and its loss and metrics
-    take the readouts (B, G, projection_dim, H, W) of B groups.
+    (rg.points.cells, rg.points.box_cells). It is trained on groups of pictures (rg.data.samples), and its loss and
+    metrics take the readouts (B, G, projection_dim, H, W) of B groups.
     """
 
     def forward(self, features: list[Tensor], time_embedding: Tensor | None) -> Tensor:

@@ -1,14 +1,19 @@
 """Spatially aligned readouts: pose, depth, edges (Luo et al., 2024, section 3.2)."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rg.heads.scores import SCORES
+from rg.heads.base import ReadoutHead
+from rg.metrics.keypoints import PCK
+from rg.metrics.maps import DepthScores, EdgeScores
+from rg.metrics.statistics import ImageMeans
 from rg.points import COLORS, KEYPOINTS, Size, draw_skeletons, heatmaps, peaks
-from rg.readout import ReadoutHead
 
 VARIANTS = ("rgb", "keypoints")
 # A heatmap cell below this height counts as background.
@@ -31,7 +36,7 @@ class SpatialHead(ReadoutHead):
         contrast: weight of `misplacement` in the guidance energy of variant "keypoints". The squared error is flat
             where a keypoint is read in another place, such as left for right; this is steepest there.
         hidden_channels: width of the first of three output convolutions.
-        scores: what validation measures: "pose", "depth" or "edges", see rg.heads.scores.
+        scores: what validation measures: "pose", "depth" or "edges", see rg.heads.spatial.
         hyperparameters: see ReadoutHead.
     """
 
@@ -192,3 +197,38 @@ def balanced_mean(values: Tensor, foreground: Tensor) -> Tensor:
         halves.append(((values * part).sum(1) / count.clamp_min(1), (count > 0).to(values)))
     (inner, has_inner), (outer, has_outer) = halves
     return (inner + outer) / (has_inner + has_outer)
+
+
+@dataclass(frozen=True)
+class Score:
+    """metric: makes the metric of one noise level. prefix: of its names in the log. read: what its `update` takes, of a
+    head, a readout and its batch; None where the batch has nothing to score."""
+
+    metric: Callable[[], ImageMeans]
+    prefix: str
+    read: Callable[[Any, Tensor, dict[str, Any]], tuple[Tensor, ...] | None]
+
+
+def read_poses(head: Any, readout: Tensor, batch: dict[str, Any]) -> tuple[Tensor, ...] | None:
+    """Points read and true (N, 18, 2) and which are visible (N, 18), of the pictures of one person."""
+    people = (batch["keypoints"][..., 2] > 0).any(-1)
+    single = people.sum(1) == 1
+    if not single.any():
+        return None
+    truth = batch["keypoints"][single][people[single]]
+    found = head.keypoints(readout[single], tuple(batch["label"].shape[-2:]))
+    return found, truth[..., :2], truth[..., 2] > 0
+
+
+def read_maps(head: Any, readout: Tensor, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Readout and label as grey pictures of the label's size: (B, H, W) in [0, 1]."""
+    label = batch["label"]
+    read = F.interpolate(head.preview(readout), label.shape[-2:], mode="bilinear", align_corners=False)
+    return read.mean(1), (label.mean(1) + 1) / 2
+
+
+SCORES = {
+    "pose": Score(partial(PCK, alphas=(0.05, 0.1)), "pck@", read_poses),
+    "depth": Score(DepthScores, "", read_maps),
+    "edges": Score(EdgeScores, "", read_maps),
+}

@@ -10,11 +10,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-from data_prep.marionette import VOCABULARY, render
+from data_prep.marionette.render import render
+from data_prep.marionette.vocabulary import VOCABULARY
 from data_prep.prepare import build, main
-from rg.backbone import DiffusionBackbone
-from rg.samples import DataError
-from rg.shards import Manifest, read_shards
+from rg.backbone.diffusion import DiffusionBackbone
+from rg.data.samples import DataError
+from rg.data.shards import Manifest, read_shards
 
 BAD = 5  # the picture that cannot be read
 
@@ -42,11 +43,15 @@ def recipe(tmp_path, model):
     (tmp_path / f"pictures/{BAD:02}.png").write_bytes(b"no picture")
     (tmp_path / "labels/12.json").unlink()
     shares = {"validation_share": 0.0, "test_share": 0.0}
-    folder = {"_target_": "data_prep.sources.FolderSource", "path": str(tmp_path / "pictures"), "resolution": 32}
+    folder = {
+        "_target_": "data_prep.sources.folders.FolderSource",
+        "path": str(tmp_path / "pictures"),
+        "resolution": 32,
+    }
     return {
         "source": {**folder, **shares},
         "annotator": {"_target_": "data_prep.annotators.files.FileLabels", "path": str(tmp_path / "labels")},
-        "backbone": {"_target_": "rg.backbone.DiffusionBackbone.from_pretrained", "path": str(model)},
+        "backbone": {"_target_": "rg.backbone.diffusion.DiffusionBackbone.from_pretrained", "path": str(model)},
         "shard_size": 10,
     }
 
@@ -304,9 +309,14 @@ def test_command(tmp_path, root, monkeypatch, capsys):
 
 
 def test_an_endless_source_goes_on_where_samples_are_skipped(tmp_path, model):
-    source = {"_target_": "data_prep.video_sources.MarionettePairs", "seed": 0, "resolution": 32, "kinds": {"one": 1.0}}
-    annotator = {"_target_": "data_prep.annotators.tracks.ExactTracks", "min_points": 40}
-    backbone = {"_target_": "rg.backbone.DiffusionBackbone.from_pretrained", "path": str(model)}
+    source = {
+        "_target_": "data_prep.sources.marionette.MarionettePairs",
+        "seed": 0,
+        "resolution": 32,
+        "kinds": {"one": 1.0},
+    }
+    annotator = {"_target_": "data_prep.annotators.rendered.ExactTracks", "min_points": 40}
+    backbone = {"_target_": "rg.backbone.diffusion.DiffusionBackbone.from_pretrained", "path": str(model)}
     recipe = {"source": {**source, "points": 64, "clips": False}, "annotator": annotator, "backbone": backbone}
     manifest = build(root=str(tmp_path / "pairs"), n=6, shard_size=4, **recipe)
     assert manifest.skipped, "else this shows nothing"

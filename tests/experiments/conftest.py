@@ -19,7 +19,7 @@ TINY = [
 
 @pytest.fixture(scope="session")
 def training(root: Path) -> Callable[..., dict[str, Any]]:
-    """Makes settings of experiments.train_marionette that work below a folder: `training(tmp_path, "stage=unet")`."""
+    """Makes settings of experiments.marionette.train that work below a folder: `training(tmp_path, "stage=unet")`."""
 
     def build(folder: Path, *overrides: str) -> dict[str, Any]:
         places = [f"folder={folder}/work", f"export={folder}/models"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from webdataset import TarWriter
 
-from rg.samples import Sample
-from rg.shards import Manifest
+from rg.data.samples import Sample
+from rg.data.shards import Manifest
 
 
 def make_sample(index: int) -> Sample:

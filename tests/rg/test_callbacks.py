@@ -4,9 +4,10 @@ from lightning import Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from rg.backbone import DiffusionBackbone
-from rg.callbacks import MixingWeights, ReadoutPictures, picture_grid, save_figure
+from rg.backbone.diffusion import DiffusionBackbone
+from rg.callbacks import MixingWeights, ReadoutPictures
 from rg.heads.spatial import SpatialHead
+from rg.io.figures import picture_grid, save_figure
 
 
 def make_batch(count):

@@ -7,8 +7,10 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from rg import edit as command
-from rg.backbone import DiffusionBackbone
-from rg.heads import AppearanceHead, CorrespondenceHead, SpatialHead
+from rg.backbone.diffusion import DiffusionBackbone
+from rg.heads.appearance import AppearanceHead
+from rg.heads.correspondence import CorrespondenceHead
+from rg.heads.spatial import SpatialHead
 
 SMALL = {"projection_dim": 16, "norm_groups": 2, "output_scale": 2}
 

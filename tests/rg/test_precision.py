@@ -3,12 +3,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from rg.backbone import DiffusionBackbone
-from rg.denoisers import denoiser_of
-from rg.energies import measure
-from rg.guidance import GuidanceTerm, ReadoutGuidance
-from rg.hooks import predict
-from rg.precision import PEAK, pull_back
+from rg.backbone.denoiser import denoiser_of
+from rg.backbone.diffusion import DiffusionBackbone
+from rg.backbone.features import predict
+from rg.guidance.energy import PEAK, measure, pull_back
+from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from tests.families import MODELS, build, denoise
 
 

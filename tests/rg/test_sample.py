@@ -3,10 +3,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from rg.backbone import DiffusionBackbone
-from rg.heads import AppearanceHead, SpatialHead
+from rg.backbone.diffusion import DiffusionBackbone
+from rg.data.shards import read_shards
+from rg.heads.appearance import AppearanceHead
+from rg.heads.spatial import SpatialHead
 from rg.sample import read_controls
-from rg.shards import read_shards
 
 WIDTHS = {"tap_channels": [8], "time_embed_dim": 6, "projection_dim": 16, "norm_groups": 2}
 

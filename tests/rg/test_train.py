@@ -11,8 +11,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from lightning import Callback
 
-from experiments.ship_head import ship
-from rg.backbone import DiffusionBackbone
+from experiments.quality.ship import ship
+from rg.backbone.diffusion import DiffusionBackbone
 from rg.heads import load_head
 from rg.train import train
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments.relative_quality import quality
-from rg.backbone import DiffusionBackbone
+from experiments.quality.relative import quality
+from rg.backbone.diffusion import DiffusionBackbone
+from rg.data.shards import read_shards
 from rg.heads import load_head
-from rg.shards import read_shards
 from rg.train import train
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_prep.marionette import Stills, render_scenes
-from data_prep.marionette.body import Frame, body_points
-from data_prep.marionette.draw import draw_scene
+from data_prep.marionette.render import Stills, render_scenes
 from data_prep.marionette.scene import POSE, SHAPE, Camera, Person, Scene
+from data_prep.marionette.scene_sampling import draw_scene
+from data_prep.marionette.skeleton import Frame, body_points
 
 _AVERAGE = {name: 0.0 if name in ("eye_height", "mouth_height") else 1.0 for name in SHAPE} | {"hair_fall": 0.25}
 _WORDS = {"shirt": "red", "trousers": "blue", "skin": "tan", "hair": "black", "hair_length": "short", "eye": "green"}

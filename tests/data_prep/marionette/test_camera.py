@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from data_prep.marionette.camera import place_cameras, to_pixels
+from data_prep.marionette.raycast import place_cameras, to_pixels
 from data_prep.marionette.scene import Camera
 
 

@@ -6,13 +6,13 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from data_prep.marionette import KINDS, LABELS, UNSEEN_PAIRS, Stills, render
-from data_prep.marionette.camera import to_pixels
-from data_prep.marionette.draw import draw_scene
-from data_prep.marionette.labels import edges
-from data_prep.marionette.people import set_stage
-from data_prep.marionette.scene import Camera, Thing
-from data_prep.marionette.surfaces import backdrop
+from data_prep.marionette.materials import backdrop
+from data_prep.marionette.raycast import to_pixels
+from data_prep.marionette.render import Stills, edges, render
+from data_prep.marionette.scene import KINDS, Camera, Thing
+from data_prep.marionette.scene_sampling import draw_scene
+from data_prep.marionette.stage import LABELS, set_stage
+from data_prep.marionette.vocabulary import UNSEEN_PAIRS
 from rg.points import KEYPOINTS
 
 BEHIND = (0.0, 9.0)  # the camera: a scene always has a person

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.marionette.camera import to_pixels
-from data_prep.marionette.draw import draw_scene
-from data_prep.marionette.people import keypoints, set_stage
+from data_prep.marionette.raycast import to_pixels
 from data_prep.marionette.scene import KINDS, PATTERNS, POSE, SHAPE, THING_COUNTS, THINGS, Camera
-from data_prep.marionette.words import COLORS, GROUNDS, HAIRS, LENGTHS, SKIES, SKINS, UNSEEN_PAIRS
+from data_prep.marionette.scene_sampling import draw_scene
+from data_prep.marionette.stage import keypoints, set_stage
+from data_prep.marionette.vocabulary import COLORS, GROUNDS, HAIRS, LENGTHS, SKIES, SKINS, UNSEEN_PAIRS
 from rg.points import KEYPOINTS, inside
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data_prep.marionette.scene import MAX_THINGS, THINGS, Thing
-from data_prep.marionette.things import THING_PARTS, thing_capsules
+from data_prep.marionette.stage import THING_PARTS, thing_capsules
 
 
 def extent(scene, *things):

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from experiments.marionette.autoencoder import train_autoencoder
-from experiments.marionette.pictures import Pictures, load_pictures
-from experiments.marionette.train_denoiser import train_denoiser
+from experiments.marionette.denoiser import train_denoiser
+from experiments.marionette.renders import Pictures, load_pictures
 
 
 @pytest.fixture(scope="session")

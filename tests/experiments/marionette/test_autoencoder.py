@@ -9,14 +9,14 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from experiments.marionette.autoencoder import (
+    encode,
     loss_of,
     make_autoencoder,
     reconstruction_loss,
     slopes,
     train_autoencoder,
 )
-from experiments.marionette.pictures import Pictures
-from experiments.marionette.reconstruction import encode
+from experiments.marionette.renders import Pictures
 from experiments.marionette.trainer import step_generator
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import torch
 from torch import Generator, Tensor
 from transformers import CLIPTokenizer
 
-from data_prep.marionette import VOCABULARY
+from data_prep.marionette.vocabulary import VOCABULARY
 from experiments.marionette.denoiser import EMPTY, Denoiser, draw_timesteps, loss_of, make_scheduler, tokenize
 from experiments.marionette.tokenizer import make_tokenizer
 from experiments.marionette.trainer import step_generator

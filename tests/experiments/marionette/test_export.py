@@ -5,8 +5,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from experiments.marionette import export as module
-from experiments.marionette.export import export
+from experiments.marionette import train as module
+from experiments.marionette.train import export
 
 
 def names(folder: Path) -> set[str]:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.marionette.files import fingerprint, is_done, read_settings, save, write_note
+from experiments.marionette.record import fingerprint, is_done, read_settings, save, write_note
 
 
 def test_a_file_is_whole_or_the_former_one(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from types import MappingProxyType
 import pytest
 import torch
 
-from experiments.marionette.mixed_precision import mixed_precision
+from experiments.marionette.trainer import mixed_precision
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from experiments.marionette.autoencoder import make_autoencoder
-from experiments.marionette.reconstruction import CHUNK, encode, psnr, quality, write_grid
+from experiments.marionette.autoencoder import CHUNK, encode, make_autoencoder, psnr, quality, write_grid
 
 
 @pytest.fixture

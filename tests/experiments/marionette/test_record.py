@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.card_text import training_text
-from experiments.marionette.files import write_note
-from experiments.marionette.record import Stopwatch, read_seconds, write_record
+from experiments.marionette.card.text import training_text
+from experiments.marionette.record import Stopwatch, read_seconds, write_note, write_record
 
 
 def table(folder: Path, losses: list[float], seconds: float | None) -> None:

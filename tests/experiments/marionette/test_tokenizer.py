@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 from transformers import CLIPTokenizer
 
-from data_prep.marionette import KINDS, VOCABULARY
-from data_prep.marionette.draw import draw_scene
+from data_prep.marionette.scene import KINDS
+from data_prep.marionette.scene_sampling import draw_scene
+from data_prep.marionette.vocabulary import VOCABULARY
 from experiments.marionette.tokenizer import END, START, learn_merges, make_tokenizer, merged
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from experiments.marionette.pictures import Pictures
-from experiments.marionette.train_denoiser import train_denoiser
+from experiments.marionette.denoiser import train_denoiser
+from experiments.marionette.renders import Pictures
 
 
 def weights(folder: Path) -> dict[str, bytes]:

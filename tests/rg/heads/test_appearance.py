@@ -5,7 +5,7 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
-from rg.backbone import DiffusionBackbone
+from rg.backbone.diffusion import DiffusionBackbone
 from rg.heads.appearance import AppearanceHead
 
 WIDTHS = {"tap_channels": [16, 16, 8, 8], "time_embed_dim": 32, "projection_dim": 16, "norm_groups": 2}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rg.backbone import DiffusionBackbone
+from rg.backbone.diffusion import DiffusionBackbone
 from rg.heads.correspondence import CorrespondenceHead, nearest, pair_pck
 
 WIDTHS = {"tap_channels": [16, 16, 8, 8], "time_embed_dim": 32, "projection_dim": 16, "norm_groups": 2}

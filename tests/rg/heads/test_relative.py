@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from rg.guidance import GuidanceTerm, ReadoutGuidance
+from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
+from rg.guidance.targets import FixedTarget
 from rg.heads.appearance import AppearanceHead
 from rg.heads.correspondence import CorrespondenceHead
 from rg.heads.relative import pick
 from rg.points import box_cells, cells
-from rg.targets import FixedTarget
 
 KINDS = [AppearanceHead, CorrespondenceHead]
 WIDTHS = {"tap_channels": [8, 4], "time_embed_dim": 6, "projection_dim": 16, "norm_groups": 2}

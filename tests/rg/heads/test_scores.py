@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from data_prep.annotators.exact import ExactDepth, ExactEdges, ExactPose
-from data_prep.sources import MarionetteSource
-from rg.heads.scores import SCORES
-from rg.heads.spatial import SpatialHead
+from data_prep.annotators.rendered import ExactDepth, ExactEdges, ExactPose
+from data_prep.sources.marionette import MarionetteSource
+from rg.heads.spatial import SCORES, SpatialHead
 
 ANNOTATORS = {"pose": ExactPose, "depth": ExactDepth, "edges": ExactEdges}
 RANGES = {"pose": (-0.5, 0.5), "depth": (-1.0, 1.0), "edges": (-0.5, 0.5)}

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from data_prep.annotators.exact import ExactPose
-from data_prep.marionette import render
+from data_prep.annotators.rendered import ExactPose
+from data_prep.marionette.render import render
 from rg.heads.spatial import SHARPNESS, SpatialHead, balanced_mean, misplacement
 from rg.points import COLORS, draw_skeletons
 

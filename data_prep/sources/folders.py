@@ -1,0 +1,183 @@
+"""Where pictures come from. A source gives square pictures by split and index; what it cannot read it skips by name.
+
+A source has `resolution` (the side of its pictures), `describe(split)` (what decides its pictures beside its own
+arguments: the manifest keeps it), `count(split)` (None: endless) and `read(split, indices)`.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.random import Generator, default_rng
+from PIL import Image
+from torch import Tensor
+
+from data_prep.cropping import ENDINGS, crop_box, crop_picture
+from data_prep.records import Skip, SourceGroup, SourceSample
+from rg.data.samples import SPLITS
+from rg.io.images import UNREADABLE, open_picture
+
+
+def deal(names: Sequence[str], *, validation_share: float, test_share: float, seed: int) -> dict[str, list[str]]:
+    """The names of each split, in their order: decided by a seeded hash of a name alone.
+
+    Raises:
+        ValueError: the shares are negative, or more than 1 in sum.
+    """
+    if min(validation_share, test_share) < 0 or validation_share + test_share > 1:
+        shares = f"validation_share={validation_share}, test_share={test_share}"
+        raise ValueError(f"expected shares of at least 0 and at most 1 in sum, got {shares}")
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for name in names:
+        draw = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") / 2**64
+        held_out = "test" if draw < test_share else "val" if draw < test_share + validation_share else "train"
+        splits[held_out].append(name)
+    return splits
+
+
+class FolderSource:
+    """One's own pictures: every jpg, png or webp below a folder, sorted by name, cropped to their centre square.
+
+    A picture's split is decided by a seeded hash of its name, so that it stays where it is when others come or go.
+    Its prompt is the text of the .txt file of the same name beside it, if there is one.
+
+    Args:
+        path: the folder.
+        resolution: side of the pictures in pixels.
+        validation_share: of all pictures, in split "val".
+        test_share: of all pictures, in split "test"; the rest is "train".
+        seed: of the hash.
+    """
+
+    def __init__(
+        self, *, path: str, resolution: int, validation_share: float = 0.1, test_share: float = 0.1, seed: int = 0
+    ) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ValueError(f"expected a folder of pictures, found none at path={path}")
+        self.resolution = resolution
+        files = (file.relative_to(self.path) for file in self.path.rglob("*") if file.suffix.lower() in ENDINGS)
+        names = sorted(file.as_posix() for file in files)
+        splits = deal(names, validation_share=validation_share, test_share=test_share, seed=seed)
+        self.files = {split: [Path(name) for name in dealt] for split, dealt in splits.items()}
+
+    def describe(self, split: str) -> dict[str, Any]:
+        """The crop and the names: another set of pictures gives the indices another meaning."""
+        names = "\n".join(file.as_posix() for file in self.files[split])
+        return {"crop": "centre square", "file_names": hashlib.sha256(names.encode()).hexdigest()[:16]}
+
+    def count(self, split: str) -> int:
+        return len(self.files[split])
+
+    def read(self, split: str, indices: Sequence[int]) -> list[SourceSample | Skip]:
+        return [self._read(self.files[split][index]) for index in indices]
+
+    def _read(self, file: Path) -> SourceSample | Skip:
+        words = (self.path / file).with_suffix(".txt")
+        try:
+            picture = open_picture(self.path / file)
+            prompt = words.read_text(encoding="utf-8").strip() if words.is_file() else ""
+        except UNREADABLE as error:
+            return Skip(f"{file.as_posix()} cannot be read: {error}")
+        image = crop_picture(picture, self.resolution)
+        return SourceSample(image, prompt, "picture", file=file, original=(picture.height, picture.width))
+
+
+GAPS = (2, 23)  # frames between the two of a pair, at least and at most
+
+
+def draw_pair(rng: Generator, frames: int, gaps: tuple[int, int]) -> tuple[int, int]:
+    """First and last frame of a pair out of `frames`, more than the least gap."""
+    gap = int(rng.integers(gaps[0], min(gaps[1], frames - 1), endpoint=True))
+    first = int(rng.integers(frames - gap))
+    return first, first + gap
+
+
+class VideoFolderSource:
+    """One's own videos, each a folder of frames whose names sort in order of time; pairs of frames of each.
+
+    A video's split is decided by a seeded hash of its name, its prompt is the text of NAME.txt beside its folder, if
+    there is one. Frames are cropped to their centre square. Several pictures of one person per folder do as well.
+
+    Args:
+        path: the folder of the videos.
+        resolution: side of the pictures in pixels.
+        masks: folder of the same layout with NAME.png for a frame, 0 where there is no object; None: objects anywhere.
+        pairs: per video.
+        gaps: frames from the first to the last of a pair, at least and at most.
+        clips: give the frames between the two as well, which a tracker needs.
+        validation_share, test_share, seed: see data_prep.sources.folders.FolderSource.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        resolution: int,
+        masks: str | None = None,
+        pairs: int = 50,
+        gaps: tuple[int, int] = GAPS,
+        clips: bool = False,
+        validation_share: float = 0.1,
+        test_share: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        for name, folder in (("path", path), ("masks", masks)):
+            if folder is not None and not Path(folder).is_dir():
+                raise ValueError(f"expected a folder, found none at {name}={folder}")
+        if pairs < 1 or not 1 <= gaps[0] <= gaps[1]:
+            raise ValueError(f"expected pairs and gaps of at least 1, gaps in order, got pairs={pairs}, gaps={gaps}")
+        self.path, self.masks = Path(path), None if masks is None else Path(masks)
+        self.resolution, self.pairs, self.gaps, self.seed = resolution, pairs, gaps, seed
+        self.clips = clips
+        self.frames: dict[str, list[Path]] = {}
+        for file in sorted(file for file in self.path.rglob("*") if file.suffix.lower() in ENDINGS):
+            self.frames.setdefault(file.parent.relative_to(self.path).as_posix(), []).append(file)
+        self.videos = deal(sorted(self.frames), validation_share=validation_share, test_share=test_share, seed=seed)
+
+    def describe(self, split: str) -> dict[str, Any]:
+        """The crop and the names: another set of frames gives the indices another meaning."""
+        files = (file.relative_to(self.path) for video in self.videos[split] for file in self.frames[video])
+        names = "\n".join(file.as_posix() for file in files)
+        return {"crop": "centre square", "file_names": hashlib.sha256(names.encode()).hexdigest()[:16]}
+
+    def count(self, split: str) -> int:
+        return len(self.videos[split]) * self.pairs
+
+    def read(self, split: str, indices: Sequence[int]) -> list[SourceGroup | Skip]:
+        places = (divmod(index, self.pairs) for index in indices)
+        return [self._read(self.videos[split][video], pair) for video, pair in places]
+
+    def _read(self, video: str, pair: int) -> SourceGroup | Skip:
+        frames = self.frames[video]
+        if len(frames) <= self.gaps[0]:
+            return Skip(f"{video}: expected more than {self.gaps[0]} frames, found {len(frames)}")
+        name = int.from_bytes(hashlib.sha256(video.encode()).digest()[:8], "big")
+        first, last = draw_pair(default_rng((self.seed, name, pair)), len(frames), self.gaps)
+        words = self.path / f"{video}.txt"
+        try:
+            step = 1 if self.clips else last - first
+            clip = [open_picture(frame) for frame in frames[first : last + 1 : step]]
+            mask = None if self.masks is None else self._mask(frames[first])
+            prompt = words.read_text(encoding="utf-8").strip() if words.is_file() else ""
+        except UNREADABLE as error:
+            return Skip(f"{video}: a frame or mask cannot be read: {error}")
+        sizes = sorted({picture.size for picture in clip})
+        if len(sizes) > 1:
+            return Skip(f"{video}: expected frames of one size, found {sizes}")
+        images = torch.stack([crop_picture(picture, self.resolution) for picture in clip])
+        return SourceGroup(f"{video}, frames {first} and {last}", images, prompt, "video", mask=mask)
+
+    def _mask(self, frame: Path) -> Tensor:
+        file = (self.masks / frame.relative_to(self.path)).with_suffix(".png")
+        with Image.open(file) as picture:
+            objects = np.asarray(picture) != 0
+        objects = objects if objects.ndim == 2 else objects.any(-1)
+        left, top, side = crop_box(objects.shape)
+        square = objects[top : top + side, left : left + side].astype(np.uint8)
+        size = (self.resolution, self.resolution)
+        return torch.from_numpy(cv2.resize(square, size, interpolation=cv2.INTER_NEAREST)) > 0

@@ -1,0 +1,1 @@
+"""What guidance costs: seconds, memory, operations."""

@@ -1,0 +1,1 @@
+"""The networks that judge images of the embedded world."""

@@ -1,0 +1,63 @@
+"""The training that the judges share: from labelled pictures to a network, and the parts of a model card."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Generator, Tensor
+
+from experiments.marionette.judges.data import Pictures, load_training_pictures
+from experiments.marionette.renders import world_id
+from experiments.marionette.trainer import Trainer
+from rg.backbone.diffusion import DiffusionBackbone
+from rg.detectors.hourglass import Hourglass
+
+Judge = TypeVar("Judge", bound=Hourglass)
+# How a network is trained; what is not named here or by the settings of a judge does not decide its weights.
+RECIPE = {"warm_up": 100, "decay": 1.0, "weight_decay": 0.01, "ema": 0.998}
+PLACES = ("output", "folder", "cache")
+
+
+def train(
+    network: Judge,
+    loss: Callable[[Judge, Pictures, Tensor, Generator], Tensor],
+    backbone: DiffusionBackbone,
+    settings: Mapping[str, Any],
+) -> Judge:
+    """Trains a network, or goes on where the same training was stopped, and returns its average, ready to judge.
+
+    Args:
+        loss: of one step on training pictures and pictures without a person; all chance comes from the generator.
+        settings: as of conf/train_detector.yaml. Other settings, another autoencoder and another world train in other
+            folders below settings["folder"].
+    """
+    chosen = {key: value for key, value in settings.items() if key not in PLACES} | RECIPE
+    chosen |= {"autoencoder": backbone.autoencoder_id, "world": world_id(settings["seed"])}
+    name = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+    pictures = None
+
+    def step(network: Judge, generator: Generator) -> Tensor:
+        nonlocal pictures
+        if pictures is None:  # a training that is finished needs none
+            pictures = load_training_pictures(backbone, settings)
+        # Pictures are varied on the CPU wherever the network is.
+        return loss(network, *pictures, Generator().manual_seed(generator.initial_seed()))
+
+    trainer = Trainer(network, step, chosen | {"preview_minutes": math.inf}, Path(settings["folder"]) / name)
+    trainer.run(math.inf, lambda network, path: None)
+    return trainer.average.eval()
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    """Settings as they are typed."""
+    return " ".join(f"{key}={value}".replace(" ", "") for key, value in settings.items() if key not in PLACES)
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Writes README.md into a folder of weights, whole or not at all."""
+    partial = folder / "README.md.partial"
+    partial.write_text(text)
+    partial.replace(folder / "README.md")

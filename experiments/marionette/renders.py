@@ -1,0 +1,93 @@
+"""The pictures and prompts that the embedded model learns from, rendered once and kept on disk."""
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data_prep.marionette.render import render
+from experiments.marionette.record import Stopwatch
+
+SPLITS = {"train": 0, "held_out": 1}
+FILE_PICTURES = 1000  # pictures in a file, the piece of work that an interruption can cost
+CHUNK = 50
+Job = tuple[Path, int, int, int, int]  # of `write_file`
+
+
+class Pictures(NamedTuple):
+    """N pictures: image (N, 3, H, W) uint8, their prompts, and a name that tells them from all others."""
+
+    image: Tensor
+    prompt: list[str]
+    name: str
+
+
+def world_id(seed: int) -> str:
+    """Eight hexadecimal digits that change when the renderer draws other pictures."""
+    stills = render([(seed, 0, index) for index in range(8)])
+    return hashlib.sha256(stills.image.numpy().tobytes() + " ".join(stills.prompt).encode()).hexdigest()[:8]
+
+
+def write_file(path: Path, seed: int, split: int, start: int, stop: int) -> None:
+    """Renders pictures start..stop of a split into path (.npy), their prompts beside it (.json), each file whole."""
+    parts = [
+        render([(seed, split, index) for index in range(first, min(first + CHUNK, stop))])
+        for first in range(start, stop, CHUNK)
+    ]
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps([prompt for part in parts for prompt in part.prompt]), encoding="utf-8")
+    partial.replace(path.with_suffix(".json"))
+    with partial.open("wb") as file:
+        np.save(file, torch.cat([part.image for part in parts]).numpy())
+    partial.replace(path)
+
+
+def _render_all(jobs: list[Job], workers: int) -> Iterator[Job]:
+    """Does the jobs; yields each when it is done."""
+    if workers == 1:
+        for job in jobs:
+            write_file(*job)
+            yield job
+        return
+    # One thread per process; this process keeps its own, and a worker is no copy of it.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        running = {pool.submit(write_file, *job): job for job in jobs}
+        for done in as_completed(running):
+            done.result()
+            yield running[done]
+
+
+def load_pictures(folder: Path, *, seed: int, split: str, count: int, workers: int) -> Pictures:
+    """The first `count` pictures of a split, in the order of their indices; files that are missing are rendered first.
+
+    Args:
+        folder: where the files are kept; other seeds and other versions of the world get files of their own.
+        split: a key of SPLITS.
+        workers: processes that render.
+    """
+    name = f"{world_id(seed)}-{seed}-{split}"
+    folder = folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    bounds = [(start, min(start + FILE_PICTURES, count)) for start in range(0, count, FILE_PICTURES)]
+    files = [folder / f"{start}-{stop}.npy" for start, stop in bounds]
+    jobs = [
+        (file, seed, SPLITS[split], *bound) for file, bound in zip(files, bounds, strict=True) if not file.is_file()
+    ]
+    if jobs:
+        watch = Stopwatch(folder)
+        with tqdm(desc=f"rendering {split}", initial=count - sum(b - a for *_, a, b in jobs), total=count) as progress:
+            for *_, start, stop in _render_all(jobs, min(workers, len(jobs))):
+                watch.note()
+                progress.update(stop - start)
+    images = np.concatenate([np.load(file) for file in files])
+    prompts = [prompt for file in files for prompt in json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))]
+    return Pictures(torch.from_numpy(images), prompts, f"{name}-{count}")

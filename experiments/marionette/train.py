@@ -1,0 +1,168 @@
+"""Trains the embedded model from nothing to the shipped folders: python -m experiments.marionette.train."""
+
+import importlib
+import json
+import shlex
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from diffusers import StableDiffusionPipeline
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.marionette.autoencoder import train_autoencoder
+from experiments.marionette.denoiser import train_denoiser
+from experiments.marionette.record import NOTES, Outcome, fingerprint, is_done, read_settings, write_note, write_record
+from experiments.marionette.renders import Pictures, load_pictures, world_id
+from rg.cli import CONF, clear_errors, quiet_libraries
+from rg.models import locate
+
+MODULE = "experiments.marionette.train"
+STAGES = ("autoencoder", "unet", "detector", "classifier", "card")
+# Stages that are commands of their own, by the module and the config of one name.
+COMMANDS = {
+    "detector": ("experiments.marionette.judges.detector", "train_detector"),
+    "classifier": ("experiments.marionette.judges.classifier", "train_classifier"),
+    "card": ("experiments.marionette.card.measure", "marionette_card"),
+}
+
+
+def load(settings: dict[str, Any], split: str) -> Pictures:
+    """The rendered pictures of a split."""
+    chosen = settings["pictures"]
+    return load_pictures(
+        Path(settings["folder"]) / "pictures",
+        seed=settings["seed"],
+        split=split,
+        count=chosen[split],
+        workers=chosen["workers"],
+    )
+
+
+def run_autoencoder(settings: dict[str, Any], deadline: float) -> Outcome:
+    """The first stage."""
+    pictures, held_out = load(settings, "train"), load(settings, "held_out")
+    folder = Path(settings["folder"]) / "autoencoder"
+    return train_autoencoder(pictures, held_out.image, settings["autoencoder"], folder, deadline)
+
+
+def run_unet(settings: dict[str, Any], deadline: float) -> Outcome:
+    """The second stage and the shipped pipeline.
+
+    Raises:
+        ValueError: the autoencoder is not done, or its latents are those of other pictures.
+    """
+    folder, output = Path(settings["folder"]), Path(settings["export"]) / "marionette"
+    pictures = load(settings, "train")
+    encoded = (read_settings(folder / "autoencoder" / NOTES["autoencoder"]) or {}).get("pictures")
+    if encoded != pictures.name:
+        raise ValueError(f"expected latents of pictures {pictures.name}, got {encoded}: run stage=autoencoder first")
+    outcome = train_denoiser(pictures.prompt, folder / "autoencoder", settings["denoiser"], folder / "unet", deadline)
+    if outcome != "not done yet":
+        print(f"{output}: {export(folder / 'unet' / 'model', output) / 1e6:.1f} MB")
+    return outcome
+
+
+def run_command(stage: str, settings: dict[str, Any]) -> Outcome:
+    """A stage that is a command of its own, on what is exported, with overrides of its config; it has no deadline.
+
+    A judge that is done is left alone with stage=all; asked for by its name it is measured again.
+    """
+    (path, name), overrides = COMMANDS[stage], settings["commands"][stage]
+    module = importlib.import_module(path)
+    config = OmegaConf.to_container(compose(name, overrides), resolve=True)
+    if stage == "card":
+        module.run(config, shlex.join(["python", "-m", path, *overrides]))
+        return "done"
+    autoencoder = fingerprint(locate(config["backbone"]) / "vae")
+    identity = config | {"autoencoder": autoencoder, "world": world_id(config["seed"])}
+    note = Path(settings["folder"]) / stage / NOTES[stage]
+    if settings["stage"] == "all" and is_done(note, identity):
+        return "done before"
+    note.unlink(missing_ok=True)
+    module.run(config)
+    write_note(note, identity, {})
+    return "done"
+
+
+def run(settings: dict[str, Any], command: str) -> bool:
+    """Runs the asked-for stages in order, each from where it was left; folder/record.json says what they took.
+
+    Args:
+        settings: as of conf/train_marionette.yaml.
+        command: what the record calls this run.
+
+    Returns:
+        Whether all is done; with max_minutes it may not be: the same call continues.
+
+    Raises:
+        ValueError: no such stage, or one before it is missing.
+    """
+    if settings["stage"] not in ("all", *STAGES):
+        raise ValueError(f"expected stage={'|'.join(('all', *STAGES))}, got {settings['stage']!r}")
+    quiet_libraries()
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    minutes = settings["max_minutes"]
+    deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+    own = {"autoencoder": run_autoencoder, "unet": run_unet}
+    outcome: Outcome = "done before"
+    for stage in STAGES if settings["stage"] == "all" else (settings["stage"],):
+        # Every call works on something, even one whose time is over when all is loaded.
+        if outcome == "done" and time.monotonic() > deadline:
+            outcome = "not done yet"
+        if outcome == "not done yet":
+            break
+        write_record(Path(settings["folder"]), command)  # the card reads it
+        start = time.monotonic()
+        outcome = own[stage](settings, deadline) if stage in own else run_command(stage, settings)
+        print(f"{stage}: {outcome}, after {(time.monotonic() - start) / 60:.1f} minutes")
+    write_record(Path(settings["folder"]), command)
+    if outcome == "not done yet":
+        print("the same command continues")
+    return outcome != "not done yet"
+
+
+@hydra.main(config_path=str(CONF), config_name="train_marionette", version_base="1.3")
+@clear_errors
+def main(config: DictConfig) -> None:
+    """Runs the training with the configuration of the command line."""
+    words = [word for word in HydraConfig.get().overrides.task if word.split("=")[0] not in ("stage", "max_minutes")]
+    run(OmegaConf.to_container(config, resolve=True), shlex.join(["python", "-m", MODULE, *words]))
+
+
+if __name__ == "__main__":
+    main()
+
+
+LARGEST_FILE = "15MB"
+
+
+def export(trained: Path, output: Path) -> int:
+    """Writes the pipeline in the folder `trained` to `output` in half precision, returns its size in bytes.
+
+    What was in `output` is replaced at the very end; a README.md there is kept.
+    """
+    pipeline = StableDiffusionPipeline.from_pretrained(trained, dtype=torch.float16, local_files_only=True)
+    partial, former = (output.with_name(output.name + ending) for ending in (".partial", ".former"))
+    if former.is_dir() and not output.is_dir():  # an earlier call was stopped between the two renamings below
+        former.replace(output)
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial, max_shard_size=LARGEST_FILE)
+    for path in partial.rglob("*.json"):  # where the weights were last loaded from is nobody's business
+        text = json.loads(path.read_text(encoding="utf-8"))
+        text.pop("_name_or_path", None)
+        path.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+    if (output / "README.md").is_file():
+        shutil.copy(output / "README.md", partial)
+    shutil.rmtree(former, ignore_errors=True)
+    if output.is_dir():
+        output.replace(former)
+    partial.replace(output)
+    shutil.rmtree(former, ignore_errors=True)
+    return sum(path.stat().st_size for path in output.rglob("*") if path.is_file())

@@ -1,0 +1,1 @@
+"""How well heads read and guide."""

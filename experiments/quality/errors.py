@@ -1,0 +1,62 @@
+"""What the remaining errors of a guided evaluation are: python -m experiments.quality.errors outputs/eval_pck/latest
+
+Needs the run's samples and the shards that it was evaluated on.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from rg.cli import clear_errors
+from rg.data.shards import read_shards
+from rg.detectors.keypoints import MIRROR
+from rg.io.files import write_text
+from rg.metrics.keypoints import box_side
+from rg.points import KEYPOINTS
+
+
+def limits(run_dir: Path, alpha: float = 0.1) -> str:
+    """Markdown: errors that swapping left and right would mend, failed images, and PCK@alpha by keypoint."""
+    settings = json.loads((run_dir / "settings.json").read_text())["settings"]
+    records = [json.loads(path.read_text()) for path in sorted((run_dir / "samples").glob("*.json"))]
+    samples = read_shards(Path(settings["data"]["root"]) / settings["split"], len(records))
+    people = (samples.keypoints[..., 2] > 0).any(-1)  # every one of them counts alike
+    keypoints = samples.keypoints[people]
+    target, visible = keypoints[..., :2], keypoints[..., 2] > 0
+    tolerance = alpha * box_side(target, visible)[:, None]
+    found = torch.tensor([record["guided"]["points"] for record in records])[people]
+    right = (found - target).norm(dim=-1) <= tolerance
+    swapped = (found[:, list(MIRROR)] - target).norm(dim=-1) <= tolerance
+    wrong = visible & ~right
+    mended = (wrong & swapped).sum() / wrong.sum().clamp_min(1)
+    scores = (right & visible).sum(1) / visible.sum(1)
+    by_keypoint = (right & visible).sum(0) / visible.sum(0).clamp_min(1)
+    lines = [
+        f"{len(records)} images, alpha {alpha}: {wrong.sum() / visible.sum():.1%} of the visible keypoints are wrong; "
+        f"{mended:.0%} of these would be right with left and right swapped.",
+        f"{(scores >= 0.9).float().mean():.0%} of the people have 90 % of their keypoints right, "
+        f"{(scores < 0.5).float().mean():.0%} less than half.",
+        "",
+        "| keypoint | right | visible in |",
+        "|---|---|---|",
+        *(
+            f"| {name.replace('_', ' ')} | {share:.2f} | {int(count)} |"
+            for name, share, count in zip(KEYPOINTS, by_keypoint.tolist(), visible.sum(0), strict=True)
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@clear_errors
+def main() -> None:
+    """Prints the text for the run folder given, and writes limits.md there."""
+    run_dir = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/eval_pck/latest")
+    text = limits(run_dir)
+    write_text(run_dir / "limits.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Puts a trained head among the shipped ones, with a card from the run's own record.
+
+python -m experiments.quality.ship outputs/pose_8k5/latest pose_8k5
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import yaml
+
+from rg.cli import clear_errors
+from rg.heads import load_head
+from rg.heads.relative import RelativeHead
+from rg.io.files import write_text
+from rg.models import MODELS
+
+
+def final_scores(run_dir: Path) -> dict[str, float]:
+    """The last validation of a run, from its CSV log.
+
+    Raises:
+        FileNotFoundError: the run was never validated.
+    """
+    scores: dict[str, float] = {}
+    for path in sorted(run_dir.glob("csv/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime):
+        with path.open(newline="") as stream:
+            for row in csv.DictReader(stream):
+                scores |= {key: float(value) for key, value in row.items() if key.startswith("val/") and value}
+    if not scores:
+        raise FileNotFoundError(f"{run_dir}: expected csv/version_*/metrics.csv with a validation, found none")
+    return scores
+
+
+def ship(run_dir: Path, name: str, models: Path = MODELS) -> Path:
+    """Writes head and card into <models>/heads/<name>, in half precision; returns that folder."""
+    scores = final_scores(run_dir)
+    words = yaml.safe_load((run_dir / ".hydra" / "overrides.yaml").read_text())
+    overrides = [word for word in words if not word.startswith("resume=")]
+    config = yaml.safe_load((run_dir / ".hydra" / "config.yaml").read_text())
+    head = load_head(run_dir / "head")
+    folder = models / "heads" / name
+    head.save_pretrained(folder, half=True)
+    levels = head.hparams.val_timesteps
+    names = sorted({key.split("/")[1].rsplit("_t", 1)[0] for key in scores})
+    samples = "groups of pictures" if isinstance(head, RelativeHead) else "pictures"
+    data, steps = config["data"], config["trainer"]["max_steps"]
+    count = sum(p.numel() for p in head.parameters())
+    lines = [
+        f"# {name}",
+        "",
+        f"{type(head).__name__} for `world={config['world']['name']}`, {count:,} parameters, half precision. Made by",
+        "",
+        f"    python -m rg.train {' '.join(overrides)}",
+        "",
+        f"with seed {config['seed']}: {data['size']:,} training {samples}, {steps:,} steps of {data['batch_size']}.",
+        f"On {data['val_size']} held-out {samples}, read by the head in full precision:",
+        "",
+        "| " + " | ".join(["noise level t", *(str(level) for level in levels)]) + " |",
+        "|---" * (len(levels) + 1) + "|",
+        *("| " + " | ".join([n, *(f"{scores[f'val/{n}_t{t}']:.3f}" for t in levels)]) + " |" for n in names),
+        "",
+    ]
+    write_text(folder / "README.md", "\n".join(lines))
+    return folder
+
+
+@clear_errors
+def main() -> None:
+    """Ships the head of the run folder given, under the name given."""
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    print(ship(Path(sys.argv[1]), sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()

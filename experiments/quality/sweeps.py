@@ -1,0 +1,114 @@
+"""A table of a sweep's trainings, seeds averaged: python -m experiments.quality.sweeps outputs/sweep_dataset_size"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+from experiments.quality.ship import final_scores
+from rg.cli import clear_errors
+from rg.io.files import write_text
+from rg.metrics.statistics import of_mean
+
+
+def read_runs(folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Settings of a sweep -> last held-out scores, val/NAME_tLEVEL -> value, of its runs; these differ in seed alone.
+
+    Raises:
+        FileNotFoundError: there is no finished run, or one was never scored.
+    """
+    runs: dict[str, list[dict[str, float]]] = {}
+    for head in sorted(folder.glob("*/head/head.json")):
+        run_dir = head.parents[1]
+        if not run_dir.is_symlink():
+            overrides = yaml.safe_load((run_dir / ".hydra" / "overrides.yaml").read_text())
+            settings = " ".join(o for o in overrides if not o.startswith(("+sweep=", "seed=", "resume=")))
+            runs.setdefault(settings, []).append(final_scores(run_dir))
+    if not runs:
+        raise FileNotFoundError(f"{folder}: expected runs with head/head.json, found none")
+    return runs
+
+
+def training_table(folder: Path) -> str:
+    """Markdown: a table per held-out score, a row per setting, a column per noise level; ± is half a 95 % interval."""
+    runs = read_runs(folder)
+    columns = [column for column in next(iter(runs.values()))[0] if "loss" not in column]
+    tables = []
+    for name in dict.fromkeys(column.rsplit("_t", 1)[0] for column in columns):
+        parts = (column.rsplit("_t", 1) for column in columns)
+        levels = sorted((level for owner, level in parts if owner == name), key=int)
+        header = [name.removeprefix("val/"), *(f"t = {level}" for level in levels), "mean", "seeds"]
+        lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        for settings, scores in runs.items():
+            rows = [[found[f"{name}_t{level}"] for level in levels] for found in scores]
+            lines.append(f"| {settings} | {' | '.join(_cells(rows))} | {len(rows)} |")
+        tables.append("\n".join(lines) + "\n")
+    return "\n".join(tables)
+
+
+def _cells(rows: Sequence[Sequence[float]]) -> list[str]:
+    """Of runs' scores at every noise level: their means, and that over the levels, which is one number of a run."""
+    values = torch.tensor([[*row, sum(row) / len(row)] for row in rows], dtype=torch.float64)
+    if len(values) == 1:
+        return [f"{value:.3f}" for value in values[0].tolist()]
+    estimates = [of_mean(column, 0.0) for column in values.T]
+    return [f"{e.ours:.3f} ± {e.high - e.ours:.3f}" for e in estimates]
+
+
+@clear_errors
+def main() -> None:
+    """Prints the tables of the folder given, and writes them there."""
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    folder = Path(sys.argv[1])
+    content = training_table(folder)
+    write_text(folder / "table.md", content)
+    print(content + f"\n{folder / 'table.md'}")
+
+
+if __name__ == "__main__":
+    main()
+
+
+def sweep_table(folder: Path) -> str:
+    """One row per finished run below `folder`: its overrides, PCK at every alpha, detector confidence.
+
+    Raises:
+        FileNotFoundError: there is no finished run.
+    """
+    runs = []
+    for path in sorted(folder.glob("*/results.json")):
+        if path.parent.is_symlink():
+            continue
+        overrides = yaml.safe_load((path.parent / ".hydra" / "overrides.yaml").read_text())
+        runs.append((json.loads(path.read_text()), [o for o in overrides if not o.startswith("+")]))
+    if not runs:
+        raise FileNotFoundError(f"{folder}: expected runs with results.json, found none")
+    common = set.intersection(*(set(overrides) for _, overrides in runs)) if len(runs) > 1 else set()
+    alphas = list(runs[0][0]["pck"])
+    lines = [
+        "| " + " | ".join(["settings", *(f"PCK@{a}" for a in alphas), "confidence", "images"]) + " |",
+        "|---" * (len(alphas) + 3) + "|",
+    ]
+    for results, overrides in sorted(runs, key=lambda run: -run[0]["pck"][alphas[0]]["guided"]["mean"]):
+        cells = [" ".join(o for o in overrides if o not in common)]
+        cells += [f"{results['pck'][alpha]['guided']['mean']:.3f}" for alpha in alphas]
+        cells += [f"{results['confidence']['guided']['mean']:.3f}", str(results["images"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    reference = runs[0][0]
+    for name in ("unguided", "ceiling"):
+        cells = [name, *(f"{reference['pck'][alpha][name]['mean']:.3f}" for alpha in alphas)]
+        cells += [f"{reference['confidence'][name]['mean']:.3f}", str(reference["images"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return f"In common: {' '.join(sorted(common)) or 'nothing'}\n\n" + "\n".join(lines) + "\n"
+
+
+def main_of_sweep() -> None:
+    """Prints the table of the folder given, and writes it there."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/sweep_guidance")
+    content = sweep_table(folder)
+    write_text(folder / "table.md", content)
+    print(content + f"\n{folder / 'table.md'}")

@@ -1,0 +1,71 @@
+"""The one place that touches diffusers' hooks: the features of a denoiser, and a hook around its forward call."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from rg.backbone.denoiser import as_map, check_sample, taps
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one denoiser call gives.
+
+    output: (B, C', h, w), the model's raw output: in the first C channels, as many as latents have, the scheduler's
+        prediction type; behind them PixArt predicts a variance.
+    features: one (B, C_l, h_l, w_l) per tap, in their order.
+    """
+
+    output: Tensor
+    features: list[Tensor]
+
+
+def predict(
+    denoiser: nn.Module, sample: Tensor, timestep: Tensor, *, forward: Callable[..., Any] | None = None, **inputs: Any
+) -> Prediction:
+    """One denoiser call that keeps its features; the only such call in training, sampling and evaluation.
+
+    Args:
+        sample: (B, C, h, w), the denoiser's input.
+        timestep: scalar or (B,), in the scheduler's units.
+        forward: what to call instead of the denoiser, from inside a hook on it.
+        inputs: the denoiser's other arguments.
+
+    Raises:
+        ValueError: the sample is not made of whole patches.
+    """
+    check_sample(denoiser, sample)
+    features: list[Tensor] = []
+    handles = [tap.register_forward_hook(lambda _m, _i, out: features.append(out)) for tap in taps(denoiser).values()]
+    try:
+        times = timestep.expand(len(sample))
+        output = (forward or denoiser)(sample, timestep=times, **{**inputs, "return_dict": False})[0]
+    finally:
+        # Removed before any backward pass: recomputation of checkpointed blocks would fire them again.
+        for handle in handles:
+            handle.remove()
+    if len(features) != len(handles):
+        raise RuntimeError(
+            f"denoiser: expected {len(handles)} features from its taps, got {len(features)}: compiled code runs no "
+            "hooks; in a U-Net compile the attention blocks alone, with denoiser.compile_repeated_blocks()"
+        )
+    return Prediction(output, [as_map(feature, denoiser, sample) for feature in features])
+
+
+def take_rows(value: Any, rows: slice, batch: int) -> Any:
+    """Rows of every tensor in `value` (nested in tuples, lists, dicts) whose first axis is the batch; the rest as is.
+
+    Lists are new lists of clones: a U-Net consumes adapter residuals in place.
+    """
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {key: take_rows(item, rows, batch) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(take_rows(item, rows, batch) for item in value)
+    if isinstance(value, list):
+        taken = [take_rows(item, rows, batch) for item in value]
+        return [item.clone() if isinstance(item, Tensor) else item for item in taken]
+    return value

@@ -1,0 +1,151 @@
+"""Labelled pictures for training: an endless reshuffled order that resumes exactly, and the DataModule."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from rg.data.samples import Batch, DataError, Groups, Samples
+from rg.data.shards import Manifest, read_shards
+
+
+class Passes(Dataset[Batch]):
+    """Pass after pass over n samples, each in its own order: position p is in pass p // n, and that is its draw."""
+
+    def __init__(self, *, samples: Samples | Groups, seed: int) -> None:
+        self.samples = samples
+        self.seed = seed
+        self._order = (-1, np.empty(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, position: int) -> Batch:
+        number, place = divmod(position, len(self.samples))
+        if self._order[0] != number:
+            self._order = number, np.random.default_rng((self.seed, number)).permutation(len(self.samples))
+        return self.samples[int(self._order[1][place])] | {"draw": number}
+
+
+class Positions(DistributedSampler[Batch]):
+    """Which positions of `Passes` one rank sees: step k takes the k-th block of ranks x batch_size, a part per rank.
+
+    It counts what it has given, over all epochs; that count is its whole state, and Lightning's epoch is not read:
+    a checkpoint of a run that ended in mid-epoch says that the epoch is over.
+    It is a DistributedSampler because Lightning replaces every other sampler when there are several ranks.
+    """
+
+    def __init__(self, passes: Passes, *, batch_size: int, epoch_batches: int, rank: int, ranks: int) -> None:
+        super().__init__(passes, num_replicas=ranks, rank=rank, shuffle=False)
+        self.batch_size = batch_size
+        self.epoch_batches = epoch_batches
+        self.given = 0
+
+    def __len__(self) -> int:
+        return self.epoch_batches * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        """The rest of the epoch."""
+        for _ in range(len(self) - self.given % len(self)):
+            step, item = divmod(self.given, self.batch_size)
+            self.given += 1
+            yield (step * self.num_replicas + self.rank) * self.batch_size + item
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.given = state["given"]
+
+
+class ReadoutDataModule(LightningDataModule):
+    """The training and held-out pictures of one head.
+
+    Args:
+        root: folder that holds one folder per split.
+        size: number of training pictures; None takes all.
+        val_size: number of held-out pictures; None takes all.
+        batch_size: pictures, or groups of them, per batch and rank.
+        epoch_batches: training batches per epoch and rank.
+        seed: of the subset (with `available`) and of the order.
+        available: see `read_shards`.
+        builder: makes what is missing, called as builder(split=..., n=...); None leaves that to the user.
+        autoencoder_id: of the backbone that will read the latents; None accepts any.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        size: int | None,
+        val_size: int | None,
+        batch_size: int,
+        epoch_batches: int,
+        seed: int = 0,
+        available: int | None = None,
+        builder: Callable[..., Any] | None = None,
+        autoencoder_id: str | None = None,
+    ) -> None:
+        super().__init__()
+        counts = {"size": size, "val_size": val_size, "available": available}
+        counts |= {"batch_size": batch_size, "epoch_batches": epoch_batches}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"expected at least 1, got {count}, change `{name}=...`")
+        if available is not None and (size or 0) > available:
+            raise ValueError(f"expected size <= available, got size={size}, available={available}")
+        self.root = Path(root)
+        self.size, self.val_size, self.available = size, val_size, available
+        self.batch_size, self.epoch_batches, self.seed = batch_size, epoch_batches, seed
+        self.builder = builder
+        self.autoencoder_id = autoencoder_id
+
+    def prepare_data(self) -> None:
+        """Makes missing shards with the builder, which does nothing where all is there and refuses other settings.
+
+        Raises:
+            DataError: without a builder, when a split is missing or too small; names the folder and the command.
+        """
+        for split, n in (("train", self.available or self.size), ("val", self.val_size)):
+            if self.builder is not None:
+                self.builder(split=split, n=n)
+                continue
+            folder, amount = self.root / split, "" if n is None else f" n={n}"
+            try:
+                shards = Manifest.read(folder).shards.values()
+            except DataError as error:
+                found, cause = 0, str(error)
+            else:
+                found, cause = sum(shard["stop"] - shard["start"] for shard in shards), f"{folder} is too small"
+            if found < (n or 1):
+                command = f"python -m data_prep.prepare +recipe={self.root.name} split={split}{amount} root={self.root}"
+                raise DataError(f"{cause}: expected {n or 'some'} pictures, found {found}; make them with: {command}")
+
+    def setup(self, stage: str) -> None:
+        """Reads the splits that the stage needs into memory."""
+        if stage == "fit":
+            chosen = {"size": self.size, "available": self.available, "seed": self.seed}
+            self.train_set = read_shards(self.root / "train", autoencoder_id=self.autoencoder_id, **chosen)
+        self.val_set = read_shards(self.root / "val", self.val_size, autoencoder_id=self.autoencoder_id)
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """`epoch_batches` batches per epoch and rank; resumes in the middle of an epoch exactly."""
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        passes = Passes(samples=self.train_set, seed=self.seed)
+        places = {"batch_size": self.batch_size, "epoch_batches": self.epoch_batches, "rank": rank, "ranks": ranks}
+        # Its own generator: a loader otherwise draws a number from the global one whenever it is started.
+        generator = torch.Generator().manual_seed(self.seed)
+        sampler = Positions(passes, **places)
+        return StatefulDataLoader(passes, batch_size=self.batch_size, sampler=sampler, generator=generator)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """All held-out pictures in order, the last batch as short as it is.
+
+        With several ranks Lightning deals them out and repeats at most ranks - 1 pictures to make the shares even.
+        """
+        return DataLoader(self.val_set, batch_size=self.batch_size)

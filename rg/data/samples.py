@@ -1,0 +1,309 @@
+"""The one owner of the sample schema: a labelled picture in a shard, many in memory, and a batch of them.
+
+A sample's key is its index in its split, as eight digits. Members: image.png and label.png (RGB, lossless, one size),
+json (prompt, kind, seed, identity, size, keypoints), and latent.npy.
+A batch is a dict: image and label (B, 3, H, W) float32 in [-1, 1]; keypoints (B, P, 18, 3) float32 of (x, y, visible)
+in pixels of the image, absent people all 0; latent_mean and latent_std (B, C, h, w) float32, scaled latents;
+prompt list[str]; index (B,) int64, the sample's place in its split; draw (B,) int64, how often the sample was drawn
+before in this run.
+"""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+# The position of a split is part of a generated sample's seed: append, never reorder.
+SPLITS = ("train", "val", "search", "test")
+Batch = dict[str, Any]
+
+
+class DataError(ValueError):
+    """A folder, shard, member or setting that cannot be used; the message names it, what was expected and found."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled picture.
+
+    Attributes:
+        index: position in its split.
+        image: (3, H, W) uint8, RGB.
+        label: (3, H, W) uint8, RGB.
+        keypoints: (P, 18, 3) float32 of (x, y, visible) in pixels of the image; P = 0 where the label has none.
+        latent: (2C, h, w) float16: mean, then standard deviation of the scaled latents.
+        prompt: a description, or "".
+        kind: what the picture shows, in the source's words.
+        seed: the seed sequence of a generated picture, else None.
+        identity: the attributes of each person, where the source knows them, else None.
+    """
+
+    index: int
+    image: Tensor
+    label: Tensor
+    keypoints: Tensor
+    latent: Tensor
+    prompt: str
+    kind: str
+    seed: tuple[int, ...] | None
+    identity: list[dict[str, Any]] | None
+
+    def encode(self) -> dict[str, str | bytes]:
+        """The sample as a webdataset writer takes it: "__key__" and the bytes of each member."""
+        meta = write_words(self, self.image) | {"keypoints": self.keypoints.tolist()}
+        return {
+            "__key__": f"{self.index:08d}",
+            "image.png": to_png(self.image),
+            "label.png": to_png(self.label),
+            "json": json.dumps(meta).encode(),
+            "latent.npy": to_npy(self.latent),
+        }
+
+    @classmethod
+    def decode(cls, raw: dict[str, Any], shard: Path) -> Self:
+        """Reads what `encode` wrote; `shard` is named in errors. Members of other names are never looked at.
+
+        Raises:
+            DataError: a member is missing, unreadable, or of another size or type than the schema says.
+        """
+        size, words, keypoints = read_member(raw, "json", shard, _from_json)
+        read = partial(from_png, size=size)
+        image, label = (read_member(raw, f"{name}.png", shard, read) for name in ("image", "label"))
+        latent = read_member(raw, "latent.npy", shard, from_npy)
+        return cls(int(raw["__key__"]), image, label, keypoints, latent, *words)
+
+
+def read_member(raw: dict[str, Any], member: str, shard: Path, read: Callable[[bytes], Any]) -> Any:
+    """What `read` makes of one member of a sample.
+
+    Raises:
+        DataError: there is no such member, or `read` fails on it.
+    """
+    key = raw["__key__"]
+    if member not in raw:
+        found = sorted(name for name in raw if not name.startswith("__"))
+        raise DataError(f"{shard} is truncated or not ours: sample {key} has no {member!r}, only {found}")
+    try:
+        return read(raw[member])
+    except Exception as error:  # a damaged file may fail anywhere inside its decoder
+        raise DataError(f"{shard}: {member} of sample {key} cannot be used: {error}") from error
+
+
+def write_words(sample: Any, picture: Tensor) -> dict[str, Any]:
+    """What the json of every sample holds: its words, and the size of its pictures (..., H, W). See `read_words`."""
+    words = {name: getattr(sample, name) for name in ("prompt", "kind", "seed", "identity")}
+    return {**words, "size": list(picture.shape[-2:])}
+
+
+def read_words(meta: dict[str, Any]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    """(height, width) and (prompt, kind, seed, identity) of a sample's json; raises KeyError where one is missing."""
+    seed = None if meta["seed"] is None else tuple(meta["seed"])
+    return tuple(meta["size"]), (meta["prompt"], meta["kind"], seed, meta["identity"])
+
+
+def _from_json(data: bytes) -> tuple[Any, ...]:
+    meta = json.loads(data)
+    keypoints = torch.tensor(meta["keypoints"], dtype=torch.float32).reshape(-1, 18, 3)
+    return *read_words(meta), keypoints
+
+
+def to_png(picture: Tensor) -> bytes:
+    """A picture (3, H, W) uint8 as a file."""
+    stream = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def from_png(data: bytes, size: tuple[int, ...]) -> Tensor:
+    """(3, H, W) uint8; raises ValueError where the picture is not RGB of this (height, width)."""
+    picture = Image.open(io.BytesIO(data), formats=["PNG"])
+    if (picture.mode, picture.size[::-1]) != ("RGB", size):
+        raise ValueError(f"expected an RGB picture of {size}, found {picture.mode} of {picture.size[::-1]}")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def to_npy(latent: Tensor) -> bytes:
+    """An array as a file."""
+    stream = io.BytesIO()
+    np.save(stream, latent.numpy(), allow_pickle=False)
+    return stream.getvalue()
+
+
+def from_npy(data: bytes) -> Tensor:
+    """Means and standard deviations of latents (2C, h, w) float16; raises ValueError for anything else."""
+    latent = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    if latent.dtype != np.float16 or latent.ndim != 3 or len(latent) % 2:
+        raise ValueError(f"expected float16 of (2C, h, w), found {latent.dtype} of {latent.shape}")
+    return torch.from_numpy(latent)
+
+
+@dataclass(frozen=True)
+class Samples(Dataset[Batch]):
+    """N samples in memory, compact; indexing gives one sample of a batch (see above), with draw 0.
+
+    Attributes:
+        index: (N,) int64, places in the split.
+        image: (N, 3, H, W) uint8.
+        label: (N, 3, H, W) uint8.
+        keypoints: (N, P, 18, 3) float32, P the most people in one picture, at least 1.
+        latent: (N, 2C, h, w) float16, mean then standard deviation.
+        prompt: N descriptions.
+    """
+
+    index: Tensor
+    image: Tensor
+    label: Tensor
+    keypoints: Tensor
+    latent: Tensor
+    prompt: list[str]
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def __getitem__(self, position: int) -> Batch:
+        mean, std = self.latent[position].float().chunk(2)
+        return {
+            "image": self.image[position].float() / 127.5 - 1,
+            "label": self.label[position].float() / 127.5 - 1,
+            "keypoints": self.keypoints[position],
+            "latent_mean": mean,
+            "latent_std": std,
+            "prompt": self.prompt[position],
+            "index": self.index[position],
+            "draw": 0,
+        }
+
+    @classmethod
+    def stack(cls, samples: Sequence[Sample]) -> Self:
+        """Puts samples together; raises RuntimeError where pictures or latents differ in size."""
+        people = [sample.keypoints for sample in samples]
+        return cls(
+            index=torch.tensor([sample.index for sample in samples]),
+            image=torch.stack([sample.image for sample in samples]),
+            label=torch.stack([sample.label for sample in samples]),
+            keypoints=pad_sequence([*people, torch.zeros(1, 18, 3)], batch_first=True)[:-1],
+            latent=torch.stack([sample.latent for sample in samples]),
+            prompt=[sample.prompt for sample in samples],
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures that belong together.
+
+    Attributes:
+        index: position in its split.
+        images: (G, 3, H, W) uint8, RGB.
+        points: (N, G, 3) float32 of (x, y, visible): the same N points of things in every picture; N = 0 where nobody
+            followed any, else at least one is visible in all pictures.
+        turn: degrees by which the head of a portrait turns out of the picture's plane from the first picture to the
+            second, at least 0; None for anything else.
+        latents: (G, 2C, h, w) float16: mean, then standard deviation of the scaled latents.
+        prompt, kind, seed, identity: as of rg.data.samples.Sample, of the first picture.
+    """
+
+    index: int
+    images: Tensor
+    points: Tensor
+    turn: float | None
+    latents: Tensor
+    prompt: str
+    kind: str
+    seed: tuple[int, ...] | None
+    identity: list[dict[str, Any]] | None
+
+    def encode(self) -> dict[str, str | bytes]:
+        """The group as a webdataset writer takes it: "__key__" and the bytes of each member."""
+        meta = write_words(self, self.images)
+        meta |= {"pictures": len(self.images), "turn": self.turn, "points": self.points.tolist()}
+        pictures = {f"{number}.png": to_png(picture) for number, picture in enumerate(self.images)}
+        latent = to_npy(self.latents.flatten(0, 1))
+        return {"__key__": f"{self.index:08d}", **pictures, "json": json.dumps(meta).encode(), "latent.npy": latent}
+
+    @classmethod
+    def decode(cls, raw: dict[str, Any], shard: Path) -> Self:
+        """Reads what `encode` wrote; `shard` is named in errors. Members of other names are never looked at.
+
+        Raises:
+            DataError: a member is missing, unreadable, or of another size or type than the schema says.
+        """
+        size, words, count, turn, points = read_member(raw, "json", shard, _group_from_json)
+        read = partial(from_png, size=size)
+        images = [read_member(raw, f"{number}.png", shard, read) for number in range(count)]
+        latents = read_member(raw, "latent.npy", shard, lambda data: _split(from_npy(data), count))
+        return cls(int(raw["__key__"]), torch.stack(images), points, turn, latents, *words)
+
+
+def _group_from_json(data: bytes) -> tuple[Any, ...]:
+    meta = json.loads(data)
+    turn = None if meta["turn"] is None else float(meta["turn"])
+    points = torch.tensor(meta["points"], dtype=torch.float32).reshape(-1, meta["pictures"], 3)
+    if len(points) and not (points[..., 2] > 0).all(1).any():
+        raise ValueError("expected at least one point that is visible in all pictures, found none")
+    return *read_words(meta), meta["pictures"], turn, points
+
+
+def _split(latents: Tensor, count: int) -> Tensor:
+    """(count, 2C, h, w) of the latents of `count` pictures one after the other."""
+    if len(latents) % (2 * count):
+        raise ValueError(f"expected the latents of {count} pictures, found {len(latents)} channels")
+    return latents.unflatten(0, (count, -1))
+
+
+@dataclass(frozen=True)
+class Groups(Dataset[Batch]):
+    """B groups of G pictures in memory, compact; indexing gives one group of a batch (see above), with draw 0.
+
+    Attributes:
+        index: (B,) int64, places in the split.
+        image: (B, G, 3, H, W) uint8.
+        points: (B, N, G, 3) float32, N the most points of one group.
+        turn: (B,) float32, nan where unknown.
+        latent: (B, G, 2C, h, w) float16, mean then standard deviation.
+        prompt: B descriptions.
+    """
+
+    index: Tensor
+    image: Tensor
+    points: Tensor
+    turn: Tensor
+    latent: Tensor
+    prompt: list[str]
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def __getitem__(self, position: int) -> Batch:
+        mean, std = self.latent[position].float().chunk(2, 1)
+        return {
+            "image": self.image[position].float() / 127.5 - 1,
+            "points": self.points[position],
+            "turn": self.turn[position],
+            "latent_mean": mean,
+            "latent_std": std,
+            "prompt": self.prompt[position],
+            "index": self.index[position],
+            "draw": 0,
+        }
+
+    @classmethod
+    def stack(cls, groups: Sequence[Group]) -> Self:
+        """Puts groups together; raises RuntimeError where they differ in number or size of pictures or latents."""
+        return cls(
+            index=torch.tensor([group.index for group in groups]),
+            image=torch.stack([group.images for group in groups]),
+            points=pad_sequence([group.points for group in groups], batch_first=True),
+            turn=torch.tensor([float("nan") if group.turn is None else group.turn for group in groups]),
+            latent=torch.stack([group.latents for group in groups]),
+            prompt=[group.prompt for group in groups],
+        )

@@ -1,0 +1,162 @@
+"""A split on disk: the manifest of its folder, its shards, and reading them into memory.
+
+A split's folder holds shard-000000.tar, shard-000001.tar, ... and manifest.json.
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from rg.data.samples import DataError, Group, Groups, Sample, Samples
+
+
+@dataclass
+class Manifest:
+    """What a split's folder holds and how it was made.
+
+    Attributes:
+        split: one of SPLITS.
+        settings: everything that decides what is in the shards; the same settings give the same bytes.
+        autoencoder_id: the autoencoder behind the stored latents.
+        versions: of the packages that wrote the last shard.
+        shards: per finished shard its range of indices, "start" and "stop" (exclusive), and its number of "samples".
+        skipped: key of each index in those ranges that has no sample, and why.
+    """
+
+    split: str
+    settings: dict[str, Any]
+    autoencoder_id: str
+    versions: dict[str, str]
+    shards: dict[str, dict[str, int]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Reads `folder`/manifest.json.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        path = folder / "manifest.json"
+        if not path.is_file():
+            raise DataError(f"no labelled pictures in {folder}: {path} does not exist")
+        try:
+            content = json.loads(path.read_text())
+            del content["samples"]
+            return cls(**content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is not a manifest: {error!r}") from error
+
+    def write(self, folder: Path) -> None:
+        """Writes `folder`/manifest.json, whole or not at all, with the total of samples beside the fields."""
+        content = {"samples": len(self.indices()), **asdict(self)}
+        for name in ("shards", "skipped"):
+            content[name] = dict(sorted(content[name].items()))
+        temporary = folder / "manifest.json.tmp"
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(folder / "manifest.json")
+
+    def indices(self) -> list[int]:
+        """The indices that have a sample, in order."""
+        ranges = (range(shard["start"], shard["stop"]) for _, shard in sorted(self.shards.items()))
+        return [index for span in ranges for index in span if f"{index:08d}" not in self.skipped]
+
+
+def read_shard(path: Path, shard: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    """Yields the undecoded samples of one shard, through webdataset; no member is ever written to a path.
+
+    A file may hold more than the manifest counts, where a writer was killed between the two: the rest is left out.
+
+    Args:
+        path: the file.
+        shard: its entry in the manifest.
+
+    Raises:
+        DataError: the file is missing or truncated, or a member's name is not of the schema.
+    """
+    expected, count = shard["samples"], 0
+    if not path.is_file():
+        raise DataError(f"{path} is missing, but the manifest lists it with {expected} samples")
+    with path.open("rb") as stream:
+        raws = group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
+        try:
+            for raw in raws:
+                key = raw["__key__"]
+                if not re.fullmatch(r"\d{8}", key):
+                    raise ValueError(f"expected keys of eight digits, found {key!r}")
+                if int(key) < shard["stop"]:
+                    count += 1
+                    yield raw
+        except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+            raise DataError(f"{path} is truncated or damaged after {count} of {expected} samples: {error}") from error
+    if count != expected:
+        raise DataError(f"{path} is truncated: expected {expected} samples, found {count}")
+
+
+def read_samples(folder: Path, manifest: Manifest, wanted: Sequence[int]) -> list[Sample] | list[Group]:
+    """Reads the samples with the `wanted` indices, in that order, opening only the shards that hold one.
+
+    Raises:
+        DataError: see `read_shard`, `Sample.decode` and `Group.decode`.
+    """
+    missing, found = set(wanted), {}
+    for name, shard in sorted(manifest.shards.items()):
+        if missing.isdisjoint(range(shard["start"], shard["stop"])):
+            continue
+        for raw in read_shard(folder / name, shard):
+            if int(raw["__key__"]) in missing:
+                kind = Group if "0.png" in raw else Sample
+                found[int(raw["__key__"])] = kind.decode(raw, folder / name)
+    missing -= found.keys()
+    if missing:
+        raise DataError(f"{folder}: the shards lack sample {min(missing):08d}, which the manifest counts")
+    return [found[index] for index in wanted]
+
+
+def read_shards(
+    folder: str | Path,
+    size: int | None = None,
+    *,
+    available: int | None = None,
+    seed: int = 0,
+    autoencoder_id: str | None = None,
+) -> Samples | Groups:
+    """Reads samples of one split from `folder`, <root>/<split>, into memory.
+
+    Subsets are nested: a smaller `size` gives a part of a larger one. Without `available` the subset is the first
+    `size` samples, which is random where a source draws every sample by itself, as a renderer does. With `available`
+    it is the first `size` of a permutation, seeded by `seed`, of the samples among the first `available` indices: for
+    sources in whose order lies a meaning, such as folders sorted by name.
+
+    A `size` of None takes all; an `autoencoder_id` of None accepts any.
+
+    Raises:
+        DataError: missing folder or shard, truncated or damaged shard, missing member, fewer samples than asked for,
+            another autoencoder, pictures of several sizes.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    if autoencoder_id not in (None, manifest.autoencoder_id):
+        raise DataError(
+            f"{folder}: expected latents of autoencoder {autoencoder_id}, found {manifest.autoencoder_id}: "
+            "make the labels anew for this backbone in another folder (root=...)"
+        )
+    pool = manifest.indices()
+    if available is not None:
+        pool = [index for index in pool if index < available]
+        pool = [pool[place] for place in np.random.default_rng(seed).permutation(len(pool))]
+    if not pool or len(pool) < (size or 0):
+        skipped = f"{len(manifest.skipped)} indices were skipped, manifest.json says why"
+        raise DataError(f"{folder}: expected {size or 'some'} samples, found {len(pool)} ({skipped})")
+    samples = read_samples(folder, manifest, pool[:size])
+    try:
+        return (Groups if isinstance(samples[0], Group) else Samples).stack(samples)
+    except RuntimeError as error:
+        raise DataError(f"{folder}: expected pictures and latents of one size: {error}") from error

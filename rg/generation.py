@@ -1,0 +1,54 @@
+"""Pictures from a pipeline, guided or not, and the controls that guide them."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from rg.guidance.guidance import ReadoutGuidance
+
+# Names on the command line, as in the literature.
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "pndm": "PNDMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+}
+# PNDM as Stable Diffusion runs it: without the Runge-Kutta start, which takes twelve more calls of the model.
+SETTINGS = {"pndm": {"skip_prk_steps": True}}
+
+
+def set_scheduler(pipe: Any, name: str) -> None:
+    """Gives a pipeline another scheduler over the same noise schedule.
+
+    Raises:
+        ValueError: the name is not one of SCHEDULERS.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler: expected one of {sorted(SCHEDULERS)}, got {name!r}")
+    pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config, **SETTINGS.get(name, {}))
+
+
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    guidance: ReadoutGuidance | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1]. Picture i depends on prompts[i] and seeds[i], not on its neighbours.
+
+    Args:
+        pipe: any diffusers text-to-image pipeline.
+        guidance: steers the sampling; None samples plainly.
+        arguments: the pipeline's own, such as num_inference_steps and guidance_scale.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    with guidance.attach(pipe) if guidance is not None else nullcontext():
+        pictures = pipe(list(prompts), generator=generators, output_type="pt", **arguments).images
+    return pictures.cpu().float() * 2 - 1

@@ -1,0 +1,255 @@
+"""Which diffusers pipelines guidance works on, and what it says of the others."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
+
+from rg.backbone.denoiser import (
+    SAYS,
+    check_sample,
+    condition_dim,
+    denoiser_name,
+    denoiser_of,
+    is_transformer,
+    tap_channels,
+    taps,
+    time_embed_dim,
+)
+
+log = logging.getLogger(__name__)
+
+
+def check_head(head: Any, pipe: Any) -> None:
+    """Raises ValueError when a head was made for another model, or is in another precision or place than it must be."""
+    if hasattr(head, "check_taps"):
+        denoiser = denoiser_of(pipe)
+        head.check_taps(tap_channels(denoiser), time_embed_dim(denoiser), condition_dim(denoiser))
+    weight = next(head.parameters(), None) if isinstance(head, nn.Module) else None
+    if weight is None:
+        return
+    if weight.dtype != torch.float32:
+        raise ValueError(f"head: expected float32 weights, whatever the pipeline's, got {weight.dtype}: head.float()")
+    if weight.device.type != pipe._execution_device.type:
+        device = pipe._execution_device
+        raise ValueError(f"head: expected it on the pipeline's {device}, got {weight.device}: head.to({str(device)!r})")
+
+
+def check_call(pipe: Any, update: str) -> None:
+    """Raises ValueError when a running call has arguments that guidance has no rule for."""
+    if getattr(pipe, "guidance_rescale", 0.0) > 0 and update == "score":
+        raise ValueError("guidance_rescale: it would rescale the score update too; expected 0.0")
+    if getattr(pipe, "do_perturbed_attention_guidance", False):
+        raise ValueError(f"pag_scale: expected 0, got {pipe.pag_scale}: perturbed attention adds a third branch")
+
+
+@contextmanager
+def outspoken(pipe: Any) -> Iterator[None]:
+    """Makes a pipeline say whether it guides by text. PixArt's have no such property: they tell their encode_prompt."""
+    if hasattr(type(pipe), SAYS):
+        yield
+        return
+    encode, names = pipe.encode_prompt, ("encode_prompt", SAYS)
+    before = {name: vars(pipe)[name] for name in names if name in vars(pipe)}
+
+    @functools.wraps(encode)
+    def encode_prompt(prompt: Any, do_classifier_free_guidance: bool = True, *args: Any, **kwargs: Any) -> Any:
+        setattr(pipe, SAYS, do_classifier_free_guidance)
+        return encode(prompt, do_classifier_free_guidance, *args, **kwargs)
+
+    pipe.encode_prompt = encode_prompt
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(pipe).pop(name, None)
+        vars(pipe).update(before)
+
+
+@contextmanager
+def uncompiled(pipe: Any) -> Iterator[None]:
+    """Runs what contains a tap as plain code: compiled code runs no hooks. Other compiled parts stay compiled."""
+    attribute, denoiser = denoiser_name(pipe), denoiser_of(pipe)
+    plain = getattr(denoiser, "_orig_mod", denoiser)
+    names = {""}
+    for name in taps(plain):
+        steps = name.split(".")
+        names |= {".".join(steps[:depth]) for depth in range(1, len(steps) + 1)}
+    parts = {name: plain.get_submodule(name) for name in sorted(names)}
+    wrapped = [name for name, part in parts.items() if hasattr(part, "_orig_mod")]
+    if wrapped:
+        raise ValueError(f"denoiser: expected {wrapped[0]} compiled in place (.compile()), got a torch.compile wrapper")
+    calls = {name: part._compiled_call_impl for name, part in parts.items() if part._compiled_call_impl is not None}
+    if calls or plain is not denoiser:
+        log.warning(
+            "compiled code keeps no features: %s run uncompiled while guidance is attached; in a U-Net, "
+            "unet.compile_repeated_blocks() compiles the attention blocks, which hold no taps",
+            sorted(calls) or "the denoiser",
+        )
+    try:
+        if plain is not denoiser:
+            setattr(pipe, attribute, plain)
+        for name in calls:
+            parts[name]._compiled_call_impl = None
+        yield
+    finally:
+        for name, call in calls.items():
+            parts[name]._compiled_call_impl = call
+        if plain is not denoiser:
+            setattr(pipe, attribute, denoiser)
+
+
+HOOK_NAME = "readout_guidance"
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+
+
+class _DenoiserHook(ModelHook):
+    def __init__(self, call: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.call = call
+
+    def new_forward(self, module: nn.Module, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            raise TypeError("a guided denoiser takes keyword arguments after (sample, timestep)")
+        return_dict = kwargs.pop("return_dict", True)
+        check_sample(module, sample)
+        timestep = torch.as_tensor(timestep, device=sample.device)
+        if is_transformer(module):
+            timestep = timestep.flatten()[0]  # PixArt's pipelines repeat it for every row
+
+        def forward(sample: Tensor, timestep: Tensor, **inputs: Any) -> Any:
+            return self.fn_ref.original_forward(sample, timestep=timestep.expand(len(sample)), **inputs)
+
+        output = self.call(forward, sample, timestep, **kwargs)
+        if not return_dict:
+            return (output,)
+        return UNet2DConditionOutput(sample=output)
+
+
+@contextmanager
+def _inside_offload(denoiser: nn.Module) -> Iterator[None]:
+    """Lets `forward` be changed beneath accelerate's hook, if there is one.
+
+    Offloading then brings the weights once per call of the pipeline, and what is set here outlasts the end of a
+    pipeline's call, where diffusers takes every offload hook off and puts new ones on.
+    """
+    if not hasattr(denoiser, "_hf_hook"):
+        yield
+        return
+    outer, denoiser.forward = denoiser.forward, denoiser._old_forward
+    yield
+    denoiser._old_forward, denoiser.forward = denoiser.forward, outer
+
+
+@contextmanager
+def hooked(denoiser: nn.Module, call: Callable[..., Tensor], *, checkpointing: bool = False) -> Iterator[None]:
+    """Lets `call(forward, sample, timestep, **inputs) -> output` answer for the denoiser inside the context.
+
+    The denoiser's parameters are frozen meanwhile; on leaving, also by an exception, it is as it was.
+
+    Args:
+        checkpointing: recompute activations in the backward pass (less memory, one more forward).
+
+    Raises:
+        RuntimeError: the denoiser is guided already.
+    """
+    had_registry = hasattr(denoiser, "_diffusers_hook")
+    if had_registry and denoiser._diffusers_hook.get_hook(HOOK_NAME) is not None:
+        raise RuntimeError("guidance is attached to this pipeline already; leave that context first")
+    own_forward = denoiser.__dict__.get("_old_forward", denoiser.__dict__.get("forward"))
+    # By name: offloading replaces the parameters themselves.
+    trainable = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
+    checkpointed = {m: {k: v for k, v in vars(m).items() if k in CHECKPOINTING} for m in denoiser.modules()}
+    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    with _inside_offload(denoiser):
+        registry.register_hook(_DenoiserHook(call), HOOK_NAME)
+    try:
+        for name in trainable:
+            denoiser.get_parameter(name).requires_grad_(False)
+        if checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        yield
+    finally:
+        with _inside_offload(denoiser):
+            registry.remove_hook(HOOK_NAME, recurse=False)
+            if own_forward is None:
+                denoiser.__dict__.pop("forward", None)
+        if not had_registry:
+            del denoiser._diffusers_hook
+        for name in trainable:
+            denoiser.get_parameter(name).requires_grad_(True)
+        for module, state in checkpointed.items():
+            for name in CHECKPOINTING:
+                vars(module).pop(name, None)
+            vars(module).update(state)
+
+
+@contextmanager
+def watched(vae: Any) -> Iterator[None]:
+    """Makes an autoencoder whose decoder overflows raise FloatingPointError, instead of giving black pictures."""
+
+    def check(_decoder: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+        if output.isfinite().all():
+            return
+        if not given[0].isfinite().all():
+            raise FloatingPointError("latents: expected finite values to decode, got nan or inf from sampling")
+        raise FloatingPointError(
+            f"vae: expected finite pictures, its decoder overflows in {output.dtype}: load the pipeline in bfloat16 or "
+            "float32, set vae.config.force_upcast where the pipeline heeds it (SDXL), or take an autoencoder made for "
+            "half precision"
+        )
+
+    decoder = getattr(vae, "decoder", None)
+    if decoder is None:
+        yield
+        return
+    handle = decoder.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def check_scheduler(scheduler: Any, update: str) -> None:
+    """Raises ValueError when there is no guidance rule for this scheduler."""
+    name = type(scheduler).__name__
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"scheduler: guidance needs a variance-preserving schedule (alphas_cumprod), {name} has none")
+    if scheduler.config.prediction_type not in PREDICTIONS:
+        raise ValueError(
+            f"scheduler: prediction_type is {scheduler.config.prediction_type!r}, expected one of {PREDICTIONS}"
+        )
+    if update == "adam" and not isinstance(scheduler, DDIMScheduler):
+        raise ValueError(f"scheduler: update=adam is defined for DDIMScheduler, got {name}; use update=score")
+
+
+@contextmanager
+def moved_samples(scheduler: Any, take_move: Callable[[], Tensor | None]) -> Iterator[None]:
+    """Adds `take_move()` to the sample of every scheduler step inside the context."""
+    step, own_step = scheduler.step, vars(scheduler).get("step")
+
+    # Pipelines look at the signature to know whether the scheduler takes eta and a generator.
+    @functools.wraps(step)
+    def moved_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        move = take_move()
+        moved = sample if move is None else (sample + move).to(sample.dtype)
+        return step(model_output, timestep, moved, *args, **kwargs)
+
+    scheduler.step = moved_step
+    try:
+        yield
+    finally:
+        if own_step is None:
+            del scheduler.step
+        else:
+            scheduler.step = own_step

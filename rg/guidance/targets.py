@@ -1,0 +1,105 @@
+"""What a readout is asked to match."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from rg.points import Size
+
+Control = Tensor | Image | Sequence[Image]
+
+
+class FixedTarget:
+    """The same control at every step, one for all images or one per image.
+
+    Args:
+        control: an RGB picture, a list of them, a tensor of pictures (B, 3, H, W) in [-1, 1], or keypoints
+            (B, P, 18, 3) of (x, y, visible) in pixels of the image being made. B is 1 or the number of images.
+
+    Raises:
+        ValueError: a picture is not in RGB mode, the pictures differ in size, or there is none.
+    """
+
+    def __init__(self, control: Control) -> None:
+        self.control = control.float() if isinstance(control, Tensor) else _to_tensor(control)
+        if not len(self.control):
+            raise ValueError("control: expected at least one picture or pose, got an empty batch")
+        self._encoded: dict[Any, Tensor] = {}
+
+    def encode(self, head: Any, *, readout_size: Size, image_size: Size, device: torch.device) -> Tensor:
+        """The control on the readout's grid, by the head's own `encode_target`; made once per size and device."""
+        key = (head, readout_size, image_size, device)
+        if key not in self._encoded:
+            encoded = head.encode_target(self.control, readout_size=readout_size, image_size=image_size)
+            self._encoded[key] = encoded.to(device)
+        return self._encoded[key]
+
+
+class ReferenceTarget:
+    """What a head read of a reference picture at every step of one run: recorded once, for any number of guided runs.
+
+    An image is run by `with guidance.record(pipe): pipe(...)`; a real one from the noise that `invert` gives.
+    Memory is 4 bytes a number and step: a readout of 384 channels takes 6.3 MB on a latent grid of 64x64 (512 px in
+    Stable Diffusion), 25 MB on 128x128 (1024 px in SDXL), twice that for both branches; a point's vector 1.5 kB.
+
+    Args:
+        keep: what the energy reads of a readout, (B, ...) of (B, C, H, W), such as the vectors at some points; None
+            keeps it whole.
+        device: where it is kept, None: where it was made.
+    """
+
+    def __init__(
+        self, *, keep: Callable[[Tensor], Tensor] | None = None, device: str | torch.device | None = "cpu"
+    ) -> None:
+        self.keep, self.device = keep, device
+        self._kept: dict[int, tuple[float, Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the recorded steps take."""
+        return sum(kept.nbytes for _, kept in self._kept.values())
+
+    def clear(self) -> None:
+        """Forgets what was recorded."""
+        self._kept.clear()
+
+    def store(self, step: int, timestep: float, readout: Tensor) -> None:
+        """Keeps the readout of one step: (G, B, C, H, W), of B pictures in G branches."""
+        kept = readout.detach()
+        if self.keep is not None:
+            kept = torch.stack([self.keep(branch) for branch in kept])
+        self._kept[step] = (timestep, kept.to(self.device or kept.device, copy=True))
+
+    def at(self, step: int, timestep: float, device: torch.device) -> Tensor:
+        """What was kept at a step: (G, B, ...).
+
+        Raises:
+            ValueError: nothing was recorded at this step, or at another time.
+        """
+        if step not in self._kept:
+            raise ValueError(
+                f"reference: expected one recorded at step {step} (t={timestep:g}), got {sorted(self._kept)}: run "
+                "`with guidance.record(pipe): pipe(...)` first, with the same number of steps"
+            )
+        recorded, kept = self._kept[step]
+        if abs(recorded - timestep) > 1e-3:
+            raise ValueError(
+                f"reference: expected step {step} at t={recorded:g} as it was recorded, got t={timestep:g}; scheduler, "
+                "number of steps and strength must be those of the recorded run"
+            )
+        return kept.to(device)
+
+
+def _to_tensor(control: Image | Sequence[Image]) -> Tensor:
+    pictures = [control] if isinstance(control, Image) else list(control)
+    for number, picture in enumerate(pictures):
+        if picture.mode != "RGB":
+            raise ValueError(f"control: picture {number} has mode {picture.mode}, expected RGB")
+        if picture.size != pictures[0].size:
+            raise ValueError(f"control: picture {number} is {picture.size}, the first one {pictures[0].size}")
+    arrays = [np.asarray(picture, dtype=np.float32) for picture in pictures]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1 if arrays else torch.zeros(0)

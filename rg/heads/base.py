@@ -1,0 +1,198 @@
+"""Readout heads: small networks on the features of a frozen diffusion model (Luo et al., 2024, section 3)."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from lightning import LightningModule
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rg.heads.aggregation import AggregationNetwork
+from rg.models import locate
+
+TIME_CONVENTIONS = ("direct", "mirrored", "none")
+
+
+class ReadoutHead(LightningModule):
+    """What every head extends: the aggregation network, its training on a frozen backbone, saving and loading.
+
+    A subclass takes its own keyword arguments (plain values: a checkpoint must load with weights_only=True), passes
+    the others on, and gives `forward`, `loss`, `metrics`, `preview`, and for guidance `encode_target` and `energy`.
+
+    Args:
+        tap_channels: channels of the backbone's taps, in their order.
+        time_embed_dim: width of the backbone's time embedding.
+        condition_dim: width of the backbone's text embeddings; tells families of equal taps apart. None: unknown.
+        projection_dim: channels of the aggregate; norm_groups must divide a quarter of it.
+        taps: numbers of the taps that are read, coarse to fine from 0; None: all.
+        output_scale: readout cells per cell of the last tap and axis; that is a latent's, in PixArt a patch of them.
+        time_convention: index embedded for time t: "direct" t, "mirrored" N - t (the authors' files), "none".
+        prompt: the condition under which the backbone's features are read.
+        learning_rate, weight_decay, warmup_steps: AdamW; linear warm-up, then cosine decay to zero.
+        seed: draws timesteps and noise, together with each sample's index and how often it was seen.
+        val_timesteps: noise levels at which held-out pictures are read.
+    """
+
+    def __init__(
+        self,
+        *,
+        tap_channels: list[int],
+        time_embed_dim: int,
+        condition_dim: int | None = None,
+        projection_dim: int = 384,
+        norm_groups: int = 32,
+        taps: list[int] | None = None,
+        output_scale: int = 1,
+        time_convention: str = "direct",
+        prompt: str = "",
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        seed: int = 0,
+        val_timesteps: tuple[int, ...] = (50, 300, 600, 850),
+    ) -> None:
+        super().__init__()
+        if projection_dim % (4 * norm_groups):
+            raise ValueError(
+                f"norm_groups: expected a divisor of projection_dim / 4 = {projection_dim / 4}, got {norm_groups}"
+            )
+        if time_convention not in TIME_CONVENTIONS:
+            raise ValueError(f"time_convention: expected one of {TIME_CONVENTIONS}, got {time_convention!r}")
+        self.save_hyperparameters()
+        form = {"projection_dim": projection_dim, "norm_groups": norm_groups, "output_scale": output_scale}
+        self.aggregation = AggregationNetwork(
+            tap_channels=tap_channels, time_embed_dim=time_embed_dim, taps=taps, **form
+        )
+        self.backbone: Any = None
+        # A third faster on CPUs than the default order, for the same numbers.
+        self.to(memory_format=torch.channels_last)
+
+    def attach_backbone(self, backbone: Any) -> Self:
+        """Sets the frozen model (rg.backbone.diffusion.DiffusionBackbone) whose features this head is trained on."""
+        self.check_taps(backbone.tap_channels, backbone.time_embed_dim, backbone.condition_dim)
+        self.backbone = backbone
+        return self
+
+    def check_taps(self, tap_channels: list[int], time_embed_dim: int, condition_dim: int | None = None) -> None:
+        """Raises ValueError when the head was built for another backbone."""
+        own = (list(self.hparams.tap_channels), self.hparams.time_embed_dim)
+        if own != (list(tap_channels), time_embed_dim):
+            raise ValueError(
+                f"head {type(self).__name__} was made for a backbone with tap channels {own[0]} and time embedding "
+                f"{own[1]}; this one has {list(tap_channels)} and {time_embed_dim}"
+            )
+        if None not in (self.hparams.condition_dim, condition_dim) and self.hparams.condition_dim != condition_dim:
+            raise ValueError(
+                f"head {type(self).__name__} was made for another model family with the same taps: it expects text "
+                f"embeddings of width {self.hparams.condition_dim}, this backbone's have {condition_dim} "
+                "(768 Stable Diffusion 1, 1024 Stable Diffusion 2, 2048 SDXL, 4096 PixArt)"
+            )
+
+    @property
+    def prompt(self) -> str:
+        """The condition under which the backbone's features are read."""
+        return self.hparams.prompt
+
+    @property
+    def readout_span(self) -> float | None:
+        """Width of the readout's range of values; None where the latent range factor does not apply."""
+        return 1.0
+
+    def time_index(self, timesteps: Tensor, num_timesteps: int = 1000) -> Tensor | None:
+        """The index whose embedding belongs to timesteps (B,), by the head's time convention."""
+        if self.hparams.time_convention == "none":
+            return None
+        return timesteps if self.hparams.time_convention == "direct" else num_timesteps - timesteps
+
+    def read(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Readout of clean latents under given noise, through the attached backbone."""
+        with torch.no_grad():
+            noisy = self.backbone.add_noise(latents, noise, timesteps)
+            features = self.backbone.predict(noisy, timesteps, self.hparams.prompt).features
+            index = self.time_index(timesteps, self.backbone.num_timesteps)
+            embedding = None if index is None else self.backbone.embed_time(index)
+        return self(features, embedding)
+
+    def draw(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents and noise (B, C, h, w), or (B, G, C, h, w) of groups, and timesteps (B,): of seed, index, draw."""
+        latents, noises, timesteps = [], [], []
+        for mean, std, index, seen in zip(
+            batch["latent_mean"], batch["latent_std"], batch["index"].tolist(), batch["draw"].tolist(), strict=True
+        ):
+            # The hash of a tuple of integers is the same in every process, unlike that of a string.
+            generator = torch.Generator().manual_seed(hash((self.hparams.seed, index, seen)) % 2**63)
+            timesteps.append(torch.randint(self.backbone.num_timesteps, (), generator=generator))
+            noises.append(torch.randn(mean.shape, generator=generator))
+            latents.append(mean + std * torch.randn(mean.shape, generator=generator).to(std))
+        return torch.stack(latents), torch.stack(noises).to(latents[0]), torch.stack(timesteps).to(latents[0].device)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.loss(self.read(*self.draw(batch)), batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def read_at(self, batch: dict[str, Any], timestep: int) -> Tensor:
+        """Readout of a held-out batch at one noise level, the same at every call."""
+        timesteps = torch.full_like(batch["draw"], timestep)
+        # Negative counts: no training draw uses them.
+        _, noise, _ = self.draw({**batch, "draw": -2 - timesteps})
+        return self.read(batch["latent_mean"], noise, timesteps)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        for timestep in self.hparams.val_timesteps:
+            readout = self.read_at(batch, timestep)
+            self.log(f"val/loss_t{timestep}", self.loss(readout, batch), batch_size=len(readout), sync_dist=True)
+            self.metrics(readout, batch, timestep)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay
+        )
+        warmup, total = self.hparams.warmup_steps, self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            decay = 0.5 + 0.5 * math.cos(math.pi * min(step / total, 1.0))
+            return min(1.0, (step + 1) / (warmup + 1)) * decay
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:
+        """Writes head.safetensors (float32, or half precision) and head.json, under temporary names, then renamed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = torch.float16 if half else torch.float32
+        tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / "head.safetensors.part")
+        (folder / "head.safetensors.part").chmod(0o644)  # safetensors writes for the owner alone
+        record = {"class": type(self).__name__, "hyperparameters": dict(self.hparams)}
+        (folder / "head.json.part").write_text(json.dumps(record, indent=1) + "\n")
+        for name in ("head.safetensors", "head.json"):
+            (folder / f"{name}.part").replace(folder / name)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Loads a head saved by `save_pretrained`, or a shipped one by its name: frozen, float32, evaluation mode.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or a file is missing from it.
+            ValueError: it holds a head of another class, or tensors that are damaged or do not fit.
+        """
+        folder = locate(folder, "heads")
+        record_path = folder / "head.json"
+        if not record_path.is_file():
+            raise FileNotFoundError(f"head {folder}: expected head.json and head.safetensors in this folder")
+        record = json.loads(record_path.read_text())
+        if record["class"] != cls.__name__:
+            raise ValueError(f"head {folder}: expected a {cls.__name__}, found a {record['class']}")
+        head = cls(**record["hyperparameters"])
+        try:
+            tensors = load_file(folder / "head.safetensors")
+            head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"head {folder}: head.safetensors cannot be used: {error}") from error
+        return head.eval().requires_grad_(False)

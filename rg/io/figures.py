@@ -1,0 +1,46 @@
+"""Image grids and charts; alone knows matplotlib."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+matplotlib.use("Agg")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure under a temporary name, renames it, and closes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part.png")
+    figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def picture_grid(rows: dict[str, Tensor], side: int = 96) -> Any:
+    """A figure with one labelled row per entry; every entry is (N, 3, H, W) in [0, 1]."""
+    columns = max(len(row) for row in rows.values())
+    figure, axes = plt.subplots(len(rows), 1, figsize=(columns * side / 96, len(rows) * side / 96), squeeze=False)
+    for axis, (name, pictures) in zip(axes[:, 0], rows.items(), strict=True):
+        shown = F.interpolate(pictures.detach().float().cpu(), (side, side), mode="nearest")
+        axis.imshow(np.concatenate(list(shown.permute(0, 2, 3, 1).numpy()), axis=1).clip(0, 1))
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    figure.subplots_adjust(hspace=0.03)
+    return figure
+
+
+def bar_chart(bars: dict[str, float], *, x: str, y: str) -> Any:
+    """A figure with one bar per entry, and the axes' names."""
+    figure, axis = plt.subplots(figsize=(4, 2.2))
+    axis.bar(list(bars), list(bars.values()))
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    return figure

@@ -1,0 +1,122 @@
+"""Scores of sampled pictures against the poses they were asked for, and how they are shown."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rg.detectors.keypoints import Detection, KeypointDetector
+from rg.metrics.keypoints import box_side, match_people, pck
+from rg.metrics.statistics import kernel_distance, paired_gain
+
+CONDITIONS = ("unguided", "guided", "ceiling")
+BOXES = ("target", "predicted")
+# Below this number the kernel distance says nothing.
+KERNEL_IMAGES = 256
+
+
+def score_images(found: Detection, keypoints: Tensor, alphas: Sequence[float]) -> list[dict[str, Any]]:
+    """PCK of each picture, a mean over its people: {"pck": {box: {alpha: share}}, "confidence", "present", "points"}.
+
+    Predictions are matched with the people asked for by smallest distance; "points" are in the latter's order, and
+    "present" is whether all of them were found.
+
+    Args:
+        found: the detector's poses of B pictures, P people each.
+        keypoints: (B, P, 18, 3) of (x, y, visible), the poses asked for; a person without a visible keypoint does not
+            count, and each picture has one who does.
+
+    Raises:
+        ValueError: a picture whose people have no visible keypoint.
+    """
+    target, visible = keypoints[..., :2], keypoints[..., 2] > 0
+    order = match_people(found.points, target, visible, found.present)
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    points, confidence, present = (values[rows, order] for values in (found.points, found.confidence, found.present))
+    people = visible.any(-1)
+    if not people.any(1).all():
+        raise ValueError(
+            f"no visible keypoint in pictures {(~people.any(1)).nonzero().flatten().tolist()} of the batch"
+        )
+    sides = {
+        "target": box_side(target[people], visible[people]),
+        "predicted": box_side(points[people], visible[people]),
+    }
+    shares = {
+        box: {
+            str(alpha): mean_over_people(
+                pck(points[people], target[people], visible[people], side, alpha) * present[people], people
+            )
+            for alpha in alphas
+        }
+        for box, side in sides.items()
+    }
+    sure = mean_over_people(confidence[people].mean(-1), people)
+    return [
+        {
+            "pck": {box: {alpha: float(v[i]) for alpha, v in by_alpha.items()} for box, by_alpha in shares.items()},
+            "confidence": float(sure[i]),
+            "present": bool(present[i][people[i]].all()),
+            "points": points[i].tolist(),
+        }
+        for i in range(len(keypoints))
+    ]
+
+
+def mean_over_people(values: Tensor, people: Tensor) -> Tensor:
+    """Means over the people of each picture: values (N,) of those marked in people (B, P) -> (B,)."""
+    spread = torch.zeros(people.shape, dtype=values.dtype, device=values.device)
+    spread[people] = values
+    return spread.sum(1) / people.sum(1)
+
+
+def _summary(values: Tensor) -> dict[str, float]:
+    spread = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {"mean": float(values.mean()), "sem": spread}
+
+
+def summarise(records: Sequence[dict[str, Any]], alphas: Sequence[float]) -> dict[str, Any]:
+    """Means over images of every condition, and the paired gain of guidance with its 95 % interval."""
+    result: dict[str, Any] = {}
+    for box, name in zip(BOXES, ("pck", "pck_predicted_box"), strict=True):
+        result[name] = {}
+        for alpha in map(str, alphas):
+            values = {c: torch.tensor([r[c]["pck"][box][alpha] for r in records]) for c in CONDITIONS}
+            row: dict[str, Any] = {condition: _summary(values[condition]) for condition in CONDITIONS}
+            if len(records) > 1:
+                row["gain"] = paired_gain(values["unguided"], values["guided"])
+            row["share_of_ceiling"] = row["guided"]["mean"] / max(row["ceiling"]["mean"], 1e-9)
+            result[name][alpha] = row
+    result["confidence"] = {c: _summary(torch.tensor([r[c]["confidence"] for r in records])) for c in CONDITIONS}
+    result["present"] = {c: sum(r[c]["present"] for r in records) / len(records) for c in CONDITIONS}
+    result["images"] = len(records)
+    return result
+
+
+def distances_to(renders: Tensor, sets: dict[str, Tensor], detector: KeypointDetector) -> dict[str, float] | None:
+    """Kernel distance of sets of pictures to renders; None where there are fewer than KERNEL_IMAGES."""
+    if min(len(renders), *map(len, sets.values())) < KERNEL_IMAGES:
+        return None
+    with torch.no_grad():
+        features = {name: detector.embed(pictures) for name, pictures in {**sets, "renders": renders}.items()}
+    return {name: kernel_distance(features[name], features["renders"]) for name in sets}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        f"| {results['images']} images | unguided | guided | ceiling | gain (95 % interval) | guided / ceiling |",
+        "|---|---|---|---|---|---|",
+    ]
+    for alpha, row in results["pck"].items():
+        cells = [f"{row[c]['mean']:.3f} ± {row[c]['sem']:.3f}" for c in CONDITIONS]
+        gain = "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**row["gain"]) if "gain" in row else "-"
+        lines.append(f"| PCK@{alpha} | {' | '.join(cells)} | {gain} | {row['share_of_ceiling']:.1%} |")
+    cells = [f"{results['confidence'][c]['mean']:.3f} ± {results['confidence'][c]['sem']:.3f}" for c in CONDITIONS]
+    lines.append(f"| detector confidence | {' | '.join(cells)} | | |")
+    if results.get("kernel_distance"):
+        cells = [f"{results['kernel_distance'][c]:.4f}" for c in CONDITIONS]
+        lines.append(f"| kernel distance to renders | {' | '.join(cells)} | | |")
+    return "\n".join(lines) + "\n"

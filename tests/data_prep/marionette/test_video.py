@@ -1,0 +1,131 @@
+"""Videos: smooth motion of one scene, and tracks that stay on the surfaces that the pictures show."""
+
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+
+from data_prep.marionette.body_parts import PARTS
+from data_prep.marionette.render import Stills, render_scenes
+from data_prep.marionette.scene_sampling import draw_scene
+from data_prep.marionette.stage import set_stage
+from data_prep.marionette.video import BEAT, Videos, _follow, draw_video, render_videos
+from rg.points import inside
+
+
+@pytest.fixture(scope="module")
+def videos():
+    """Three videos of 12 frames, one of each kind of scene."""
+    return [render_videos([(1, 0)], frames=12, kinds={kind: 1.0}) for kind in ("one", "two", "portrait")]
+
+
+def test_the_first_frame_is_the_scene_of_the_seed_and_the_rest_is_the_same_world():
+    for index in range(6):
+        scenes, first = draw_video((2, index), 20), draw_scene((2, index))
+        assert scenes[0] == first
+        for one in scenes:
+            assert (one.things, one.light, one.sky, one.phase) == (first.things, first.light, first.sky, first.phase)
+            for now, then in zip(one.people, first.people, strict=True):
+                assert now.identity == then.identity and now.phase == then.phase
+
+
+def test_a_longer_video_goes_on_where_a_shorter_one_ends():
+    assert draw_video((2, 0), BEAT)[: BEAT - 2] == draw_video((2, 0), BEAT - 2)
+    assert draw_video((2, 0), BEAT - 2) != draw_video((2, 1), BEAT - 2)
+
+
+def test_motion_is_smooth_and_moves():
+    """No joint jumps, also where one pose has been reached and the next one begins, and nobody spins around."""
+    for index in range(8):
+        scenes = draw_video((3, index), 3 * BEAT + 1)
+        joints = set_stage(scenes).world.start  # every part's start in the world
+        there = set_stage(scenes[:1]).world.radius[0] > 0
+        speed = joints[:, :, there].diff(dim=1).norm(dim=0)
+        assert 0.05 < speed.max() < 0.3 and speed.diff(dim=0).abs().max() < 0.06
+        cameras = torch.tensor([[one.camera.yaw, one.camera.distance] for one in scenes])
+        assert (cameras.diff(dim=0).abs().amax(0) > 0).all() and cameras.diff(dim=0).abs().amax() < 0.08
+        yaws = torch.tensor([[someone.pose["yaw"] for someone in one.people] for one in scenes])
+        assert yaws[::BEAT].diff(dim=0).abs().max() <= math.pi + 1e-6
+
+
+def test_shapes_and_errors():
+    made = render_videos([(1, 0), (1, 1)], frames=3, points=5, resolution=16, supersampling=1)
+    assert made.frames == 3 and made.stills.image.shape == (6, 3, 16, 16)
+    assert (made.tracks.shape, made.tracks.dtype) == ((2, 3, 5, 2), torch.float32)
+    assert (made.visible.shape, made.visible.dtype) == ((2, 3, 5), torch.bool)
+    assert (made.instances.shape, made.instances.dtype) == ((2, 5), torch.uint8) and (made.instances > 0).all()
+    for arguments, words in (({"seeds": []}, "seed"), ({"frames": 1}, "frames"), ({"points": 0}, "point")):
+        with pytest.raises(ValueError, match=words):
+            render_videos(**({"seeds": [(0, 0)], "frames": 2} | arguments))
+
+
+def test_a_seed_gives_the_same_bits_in_every_batch():
+    seeds = [(4, index) for index in range(3)]
+    together = render_videos(seeds, frames=4, resolution=32)
+    for index, seed in enumerate(seeds):
+        alone = render_videos([seed], frames=4, resolution=32)
+        for field in fields(Videos)[1:]:
+            assert torch.equal(getattr(together, field.name)[index], getattr(alone, field.name)[0]), field.name
+        for field in fields(Stills):
+            own, other = (
+                getattr(together.stills, field.name)[4 * index : 4 * index + 4],
+                getattr(alone.stills, field.name),
+            )
+            assert torch.equal(own, other) if isinstance(own, torch.Tensor) else own == other, field.name
+    again = render_scenes(draw_video(seeds[0], 4), resolution=32, supersampling=2)
+    assert torch.equal(together.stills.image[:4], again.image)
+
+
+def test_every_track_is_seen_somewhere_and_visible_ones_lie_on_their_person(videos):
+    for made in videos:
+        assert (made.visible[0].any(0)).all()
+        assert inside(made.tracks[0], (64, 64))[made.visible[0]].all()
+        right = total = 0
+        for frame in range(made.frames):
+            x, y = made.tracks[0, frame][made.visible[0, frame]].round().long().clamp(0, 63).unbind(-1)
+            right += int((made.stills.instances[frame, y, x] == made.instances[0, made.visible[0, frame]]).sum())
+            total += len(x)
+        assert total > 300 and right > 0.93 * total  # at an outline a pixel may belong to its neighbour
+
+
+def test_tracks_stay_on_their_part_and_their_paint():
+    """Seen at 400 pixels, from frame to frame."""
+    made = render_videos([(5, 3)], frames=6, points=200, resolution=400, supersampling=1, kinds={"one": 1.0})
+    x, y = made.tracks[0].round().long().clamp(0, 399).unbind(-1)
+    frame = torch.arange(6)[:, None].expand_as(x)
+    parts, colors = made.stills.parts[frame, y, x], made.stills.image.movedim(1, -1)[frame, y, x].float()
+    both = made.visible[0, :-1] & made.visible[0, 1:]
+    assert both.sum() > 500
+    assert (parts[:-1] == parts[1:])[both].float().mean() > 0.97
+    hue = colors / colors.sum(-1, keepdim=True).clamp_min(1)
+    assert (hue[:-1] - hue[1:]).abs().amax(-1)[both].median() < 0.01
+    assert made.tracks[0].diff(dim=0).norm(dim=-1).median() > 1
+
+
+def test_a_point_on_the_chest_by_hand(scene, person):
+    """Before a camera at (0, 0.9, 3), turned away, behind another person, and to the side of the picture."""
+    stage = set_stage(
+        [
+            scene(person(), person(place=(3.0, 0.0)), kind="two"),
+            scene(person(yaw=math.pi), person(place=(3.0, 0.0)), kind="two"),
+            scene(person(), person(place=(0.0, 1.0)), kind="two"),
+            scene(person(place=(1.2, 0.0)), person(place=(3.0, 0.0)), kind="two"),
+        ]
+    )
+    trunk = next(i for i, part in enumerate(PARTS) if (part.start, part.end) == ("pelvis", "neck"))
+    chest = torch.tensor([[0.0], [0.3], [0.145]], dtype=torch.float64)
+    pixels, visible = _follow(stage, torch.tensor([trunk]), chest, 64)
+    near, far = 3 / (3 - 0.145), 3 / (3 + 0.145)
+    height = 0.06 + 0.82 + 0.3 - 0.9
+    expected = [(0, height * near), (0, height * far), (0, height * near), (1.2 * near, height * near)]
+    expected = torch.tensor([[(1 + u) * 32 - 0.5, (1 - v) * 32 - 0.5] for u, v in expected])
+    torch.testing.assert_close(pixels[:, 0], expected, atol=1e-4, rtol=0)
+    assert visible[:, 0].tolist() == [True, False, False, False]
+
+
+def test_points_are_followed_while_they_are_hidden(videos):
+    hidden = ~videos[0].visible[0] & inside(videos[0].tracks[0], (64, 64))
+    assert 20 < hidden.sum() < 0.8 * hidden.numel()
+    steps = videos[0].tracks[0].diff(dim=0).norm(dim=-1)
+    assert steps.max() < 8 and (steps > 0).all()

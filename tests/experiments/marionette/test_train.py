@@ -1,0 +1,108 @@
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from data_prep.marionette.vocabulary import ATTRIBUTES, VOCABULARY
+from experiments.marionette.autoencoder import make_autoencoder
+from experiments.marionette.denoiser import Denoiser, make_pipeline
+from experiments.marionette.tokenizer import make_tokenizer
+from experiments.marionette.train import STAGES, export, main, run
+from rg.backbone.diffusion import DiffusionBackbone
+from rg.detectors.attributes import AttributeClassifier
+from rg.detectors.keypoints import KeypointDetector
+
+JUDGE = ["pictures=8", "held_out=3", "steps=1", "batch_size=8", "widths=[8,8,8]"]
+CARD = [
+    *("images=4", "unseen=2", "changed=1", "batch_size=4", "parts=2", "sheet_images=4"),
+    *("sampling.num_inference_steps=2", "latency={images:2,num_inference_steps:1,repeats:1}"),
+]
+
+
+def with_tiny_commands(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    settings["commands"]["detector"] += [*JUDGE, "finder_widths=[8,8,8]"]
+    settings["commands"]["classifier"] += JUDGE
+    settings["commands"]["card"] += [*CARD, f"results={folder}/results.json", f"sheet={folder}/sheet.png"]
+    return settings
+
+
+def test_calls_without_time_get_through_all_stages(
+    training: Callable[..., dict[str, Any]], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = with_tiny_commands(training(tmp_path, "max_minutes=0"), tmp_path)
+    with initialize_config_dir(config_dir=str(root / "conf"), version_base="1.3"):
+        assert [run(settings, "python -m x") for _ in range(9)] == [False] * 8 + [True]
+    printed = capsys.readouterr().out
+    for stage, calls in zip(STAGES, (3, 3, 1, 1, 1), strict=True):
+        assert printed.count(f"{stage}: done, ") == 1 and printed.count(f"{stage}: not done yet, ") == calls - 1
+
+    record = json.loads((tmp_path / "work/record.json").read_text())
+    assert record.pop("command") == "python -m x" and set(record) == {"pictures", *STAGES[:-1]}
+    assert all(found["seconds"] > 0 for found in record.values())
+    assert [record[stage]["steps"] for stage in STAGES[:-1]] == [3, 3, 1, 1]
+    assert record["autoencoder"]["quality"]["psnr_mean"] > 0
+    assert record["unet"]["settings"]["steps"] == 3 and record["detector"]["batch_size"] == 8
+
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["classifier", "detector", "marionette"]
+    card = (tmp_path / "models/marionette/README.md").read_text()
+    assert f"python -m experiments.marionette.card.measure model={tmp_path}/models/marionette" in card.replace(
+        "\n", " "
+    )
+    assert "| unet | 3 | 4 |" in card
+    assert DiffusionBackbone.from_pretrained(str(tmp_path / "models/marionette")).resolution == (64, 64)
+
+
+def test_the_command_goes_on_and_says_what_to_do(
+    training: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["preset=cpu", f"folder={tmp_path}/work", f"export={tmp_path}/models", "autoencoder.widths=[8,8]"]
+    words += ["pictures={train:8,held_out:4,workers:1}", "autoencoder.steps=2", "autoencoder.batch_size=2"]
+    for more in (["stage=autoencoder", "max_minutes=0"], ["stage=autoencoder"]):
+        monkeypatch.setattr(sys, "argv", ["train_marionette", *words, *more])
+        main()
+    record = json.loads((tmp_path / "work/record.json").read_text())
+    assert record["command"].startswith(f"python -m experiments.marionette.train preset=cpu folder={tmp_path}/work ")
+    assert "stage" not in record["command"] and record["autoencoder"]["steps"] == 2
+    monkeypatch.setattr(sys, "argv", ["train_marionette", *words, "stage=autoencoder", "autoencoder.learning_rate=1"])
+    with pytest.raises(SystemExit, match=r"learning_rate=0.002, got learning_rate=1:"):
+        main()
+
+
+def test_stages_come_in_their_order(training: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected stage=all\|autoencoder\|.*, got 'vae'"):
+        run(training(tmp_path, "stage=vae"), "")
+    with pytest.raises(ValueError, match=r"got None: run stage=autoencoder first"):
+        run(training(tmp_path, "stage=unet"), "")
+    assert run(training(tmp_path, "stage=autoencoder"), "")
+    with pytest.raises(ValueError, match=r"-train-7, got \w+-7001-train-8: run stage=autoencoder first"):
+        run(training(tmp_path, "stage=unet", "pictures.train=7"), "")
+
+
+@pytest.mark.parametrize("preset", ["cpu", "gpu"])
+def test_what_a_preset_ships_is_small(root: Path, tmp_path: Path, preset: str) -> None:
+    with initialize_config_dir(config_dir=str(root / "conf"), version_base="1.3"):
+        composed = compose("train_marionette", [f"preset={preset}"])
+        judges = [compose(f"train_{name}") for name in ("detector", "classifier")]
+    settings = OmegaConf.to_container(composed, resolve=True)
+    make_autoencoder(settings["autoencoder"]["widths"], 64, seed=0).save_pretrained(tmp_path / "vae")
+    tokenizer = make_tokenizer(VOCABULARY, settings["denoiser"]["tokens"])
+    denoiser = Denoiser(settings["denoiser"]["unet"], settings["denoiser"]["text"], tokenizer, 16)
+    make_pipeline(denoiser, tokenizer, tmp_path / "vae").save_pretrained(tmp_path / "trained")
+    detector, classifier = judges
+    sizes = {"widths": detector.widths, "finder_widths": detector.finder_widths}
+    KeypointDetector(**sizes, threshold=0.5).save_pretrained(tmp_path / "models/detector")
+    AttributeClassifier(attributes=ATTRIBUTES, widths=classifier.widths).save_pretrained(tmp_path / "models/classifier")
+    export(tmp_path / "trained", tmp_path / "models/marionette")
+
+    sizes = [path.stat().st_size for path in (tmp_path / "models").rglob("*") if path.is_file()]
+    assert max(sizes) < 16e6 and sum(sizes) < 40e6
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "models/marionette", dtype=torch.float16)
+    weights = loaded.unet.state_dict()
+    assert all(torch.equal(weights[name], weight.half()) for name, weight in denoiser.unet.state_dict().items())

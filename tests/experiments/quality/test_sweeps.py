@@ -1,0 +1,40 @@
+import csv
+
+import pytest
+import yaml
+
+from experiments.quality.sweeps import training_table
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two runs of one setting, one of another, one that is not finished, and the link to the latest."""
+    runs = [(["a=1", "seed=0"], 0.2), (["a=1", "seed=1"], 0.4), (["a=2", "seed=0"], 0.9), (["a=3", "seed=0"], 0.0)]
+    for number, (words, score) in enumerate(runs):
+        folder = tmp_path / f"2026-{number}"
+        for name in (".hydra", "csv/version_0", *(["head"] if score else [])):
+            (folder / name).mkdir(parents=True)
+        (folder / ".hydra/overrides.yaml").write_text(yaml.safe_dump(["+sweep=a", *words]))
+        if score:
+            (folder / "head/head.json").write_text("{}")
+        with (folder / "csv/version_0/metrics.csv").open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, ["step", "val/loss_t50", "val/pck@0.1_t600", "val/pck@0.1_t50"])
+            writer.writeheader()
+            writer.writerow({"step": 4, "val/pck@0.1_t50": 0.01, "val/pck@0.1_t600": 0.01, "val/loss_t50": 3})
+            writer.writerow({"step": 9, "val/pck@0.1_t50": score, "val/pck@0.1_t600": score / 2, "val/loss_t50": 2})
+    (tmp_path / "latest").symlink_to("2026-2")
+    return tmp_path
+
+
+def test_seeds_are_averaged_with_their_interval(sweep):
+    lines = training_table(sweep).splitlines()
+    assert lines[0] == "| pck@0.1 | t = 50 | t = 600 | mean | seeds |"
+    # Two runs: mean 0.3, standard error 0.1, and Student's t of one degree of freedom is 12.706.
+    assert lines[2] == "| a=1 | 0.300 ± 1.271 | 0.150 ± 0.635 | 0.225 ± 0.953 | 2 |"
+    assert lines[3] == "| a=2 | 0.900 | 0.450 | 0.675 | 1 |"
+    assert len(lines) == 4
+
+
+def test_a_folder_without_runs_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected runs with head/head.json, found none"):
+        training_table(tmp_path)

@@ -1,0 +1,178 @@
+"""Pipelines from folders: whole ones of every family, broken ones, and a hub that does not answer."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from rg.backbone.diffusion import DiffusionBackbone
+from rg.backbone.loading import check_folder, find_pipeline, load_pipeline
+from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
+from tests.families import FAMILIES, MODELS, build, denoise
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer, tmp_path_factory):
+    """A saved tiny pipeline of each model, read only."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for model in MODELS:
+        build(model, tokenizer).save_pretrained(root / model)
+    return root
+
+
+@pytest.fixture
+def folder(tokenizer, tmp_path):
+    """A saved tiny pipeline to damage; its U-Net lies in several files, as large ones do."""
+    pipe = build("sd15", tokenizer)
+    pipe.save_pretrained(tmp_path / "sd15")
+    (tmp_path / "sd15/unet/diffusion_pytorch_model.safetensors").unlink()
+    pipe.unet.save_pretrained(tmp_path / "sd15/unet", max_shard_size="60KB")
+    return tmp_path / "sd15"
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_backbone_of_every_model_loads_and_runs(folders, tokenizer, model, precision):
+    backbone = DiffusionBackbone.from_pretrained(str(folders / model), precision=precision)
+    assert isinstance(backbone.pipeline.scheduler, DDIMScheduler)
+    assert backbone.pipeline.scheduler.config.prediction_type == ("v_prediction" if model == "sd21" else "epsilon")
+    assert backbone.denoiser.dtype == getattr(torch, precision) and backbone.vae.dtype == torch.float32
+    taps = [24, 24, 24] if model == "pixart" else [16, 16, 8, 8]
+    assert (backbone.resolution, backbone.latent_size, backbone.tap_channels) == ((32, 32), (8, 8), taps)
+    assert backbone.condition_dim == {"sd15": 8, "sd21": 12, "sdxl": 16, "pixart": 10}[model]
+    for name in ("text_encoder", "text_encoder_2"):
+        module = getattr(backbone.pipeline, name, None)
+        assert module is None or not (module.training or any(p.requires_grad for p in module.parameters()))
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
+    mean, std = backbone.encode(images)
+    assert mean.shape == std.shape == (2, 4, 8, 12) and backbone.decode(mean).shape == images.shape
+    timesteps = torch.tensor([20, 800])
+    noisy = backbone.add_noise(mean, torch.randn_like(mean), timesteps)
+    first, second = (backbone.predict(noisy, timesteps, prompt) for prompt in ("", "grass at dusk"))
+    assert first.output.shape == noisy.shape and not torch.equal(first.output, second.output)
+    guidance = ReadoutGuidance([GuidanceTerm(lambda f, _: f[-1].square().flatten(1).mean(1))], readout_scale=0.0)
+    plain = denoise(backbone.pipeline, model, steps=2)
+    torch.testing.assert_close(denoise(backbone.pipeline, model, guidance, steps=2), plain, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in MODELS])
+def test_pipelines_on_top_of_a_model_save_and_load(tokenizer, tmp_path, family):
+    pipe = build(family, tokenizer)
+    pipe.save_pretrained(tmp_path)
+    loaded = load_pipeline(str(tmp_path))
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is type(pipe)
+    torch.testing.assert_close(denoise(loaded, family, steps=2), denoise(pipe, family, steps=2), rtol=1e-4, atol=1e-4)
+
+
+def test_pixart_under_the_transformers_former_name(folders, tmp_path):
+    # As the repositories of the hub have it.
+    shutil.copytree(folders / "pixart", tmp_path / "pixart")
+    for name in ("model_index.json", "transformer/config.json"):
+        path = tmp_path / "pixart" / name
+        path.write_text(path.read_text().replace("PixArtTransformer2DModel", "Transformer2DModel"))
+    backbone, plain = (DiffusionBackbone.from_pretrained(str(root / "pixart")) for root in (tmp_path, folders))
+    x_t, timesteps = torch.randn(1, 4, 8, 8), torch.tensor([7])
+    assert torch.equal(backbone.predict(x_t, timesteps).output, plain.predict(x_t, timesteps).output)
+
+
+def test_half_precision_files_are_a_variant(tokenizer, tmp_path):
+    build("sd15", tokenizer, dtype=torch.float16).save_pretrained(tmp_path, variant="fp16")
+    assert load_pipeline(str(tmp_path), variant="fp16").unet.dtype == torch.float32
+    with pytest.raises(FileNotFoundError, match=r"expected weights \w+/\*.safetensors, found \[.*fp16.safetensors"):
+        load_pipeline(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"expected weights \w+/\*.bf16.safetensors"):
+        load_pipeline(str(tmp_path), variant="bf16")
+    with pytest.raises(ValueError, match=r"precision: expected one of .*'float16'.*, got 'half'"):
+        load_pipeline(str(tmp_path), precision="half")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+DAMAGE = {
+    "no component": (lambda f: [p.unlink() for p in (f / "vae").iterdir()] and (f / "vae").rmdir(), FileNotFoundError,
+                     r"expected a folder vae \(diffusers AutoencoderKL\), found none"),
+    "no configuration": (lambda f: (f / "unet/config.json").unlink(), FileNotFoundError,
+                         r"expected unet/config.json, found \['diffusion_pytorch_model"),
+    "no scheduler": (lambda f: (f / "scheduler/scheduler_config.json").unlink(), FileNotFoundError,
+                     r"expected scheduler/scheduler_config.json, found \[\]"),
+    "no tokenizer": (lambda f: (f / "tokenizer/tokenizer_config.json").unlink(), FileNotFoundError,
+                     r"expected tokenizer/tokenizer_config.json, found"),
+    "no weights": (lambda f: (f / "text_encoder/model.safetensors").unlink(), FileNotFoundError,
+                   r"expected weights text_encoder/\*.safetensors, found \['config.json'\]"),
+    "pickled weights": (lambda f: (f / "text_encoder/model.safetensors").rename(f / "text_encoder/pytorch_model.bin"),
+                        FileNotFoundError, r"expected weights text_encoder/\*.safetensors, .*pytorch_model.bin"),
+    "one file short": (lambda f: min((f / "unet").glob("*-of-*.safetensors")).unlink(), FileNotFoundError,
+                       r"half downloaded: expected \d files of weights in unet, \['diffusion_pytorch_model-00001-of-"),
+    "cut short": (lambda f: cut(f / "vae/diffusion_pytorch_model.safetensors"), ValueError,
+                  r"vae/diffusion_pytorch_model.safetensors is half downloaded: expected \d+ bytes, found \d+"),
+    "empty": (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_bytes(b""), ValueError,
+              r"is no safetensors file, or cut short after 0 bytes"),
+    "a page": (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_text("<html>not</html>"), ValueError,
+               r"is no safetensors file"),
+    "damaged index": (lambda f: (f / "model_index.json").write_text("{"), ValueError, "model_index.json is damaged"),
+    "other sizes": (lambda f: (f / "unet/config.json").write_text(
+        (f / "unet/config.json").read_text().replace('"cross_attention_dim": 8', '"cross_attention_dim": 9')),
+        ValueError, r"cannot be loaded: .*size"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_broken_folder_is_one_clear_error(folder, damage):
+    assert check_folder(folder)
+    work, kind, words = DAMAGE[damage]
+    work(folder)
+    with pytest.raises(kind, match=words) as caught:
+        load_pipeline(str(folder))
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.__cause__ is None and (caught.value.__context__ is None or caught.value.__suppress_context__)
+
+
+def test_unused_parts_need_not_be_there(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert load_pipeline(str(folder)).safety_checker is None
+
+
+def test_a_pipeline_without_the_taps_is_named(tmp_path, tokenizer):
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, sample_size=8, num_layers=1, norm_num_groups=4
+    )
+    DiTPipeline(transformer, build("sd15", tokenizer).vae, DDIMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a U-Net as pipe.unet .* or PixArt's .*, got a DiTPipeline"):
+        DiffusionBackbone.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_hub_that_does_not_answer_is_one_clear_error(monkeypatch, tmp_path, offline):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(FileNotFoundError, match="backbone nobody/nothing: expected a folder, or a repository") as e:
+        load_pipeline("nobody/nothing")
+    assert "\n" not in str(e.value) and "hf download nobody/nothing" in str(e.value) and e.value.__suppress_context__
+
+
+def test_a_repository_in_the_hubs_cache_loads_offline_and_a_part_of_it_is_named(monkeypatch, tmp_path, folders):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--somebody--tiny"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    shutil.copytree(folders / "sdxl", snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    assert find_pipeline("somebody/tiny") == snapshot
+    assert DiffusionBackbone.from_pretrained("somebody/tiny").condition_dim == 16
+    (snapshot / "text_encoder_2/model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected weights text_encoder_2/\*.safetensors"):
+        load_pipeline("somebody/tiny")

@@ -1,0 +1,84 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from webdataset import TarWriter
+
+from rg.data.datamodule import Passes
+from rg.data.samples import DataError, Group, Groups
+from rg.data.shards import Manifest, read_shards
+
+SHARD = Path("shard-000000.tar")
+POINTS = torch.tensor([[[0.0, 1.0, 1.0], [2.5, 3.0, 1.0]], [[1.0, 1.0, 0.0], [-9.0, 3.0, 1.0]]])
+GROUP = Group(
+    index=7,
+    images=torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4),
+    points=POINTS,
+    turn=12.5,
+    latents=torch.linspace(-2, 2, 64).view(2, 8, 2, 2).half(),
+    prompt="a person ünder a tree",
+    kind="portrait",
+    seed=(1, 0, 7),
+    identity=[{"hat": None}],
+)
+
+
+@pytest.mark.parametrize("group", [GROUP, replace(GROUP, points=torch.zeros(0, 2, 3), turn=None, seed=None)])
+def test_decode_is_the_inverse_of_encode(group):
+    back = Group.decode(group.encode(), SHARD)
+    for name in ("images", "points", "latents"):
+        assert torch.equal(getattr(back, name), getattr(group, name)), name
+    for name in ("index", "turn", "prompt", "kind", "seed", "identity"):
+        assert getattr(back, name) == getattr(group, name), name
+
+
+@pytest.mark.parametrize("member", ["0.png", "1.png", "json", "latent.npy"])
+def test_missing_member_is_named(member):
+    raw = GROUP.encode()
+    del raw[member]
+    with pytest.raises(DataError, match=f"is truncated or not ours: sample 00000007 has no '{member}'"):
+        Group.decode(raw, SHARD)
+
+
+def test_points_that_no_two_pictures_share_are_refused():
+    hidden = replace(GROUP, points=POINTS * torch.tensor([1.0, 1.0, 0.0]))
+    with pytest.raises(DataError, match=r"shard-000000.tar: json of sample 00000007 .* visible in all pictures"):
+        Group.decode(hidden.encode(), SHARD)
+
+
+def test_latents_of_another_number_of_pictures_are_refused():
+    raw = replace(GROUP, latents=GROUP.latents[:1, :6]).encode()
+    with pytest.raises(DataError, match="latent.npy of sample 00000007 cannot be used: expected the latents of 2"):
+        Group.decode(raw, SHARD)
+
+
+def test_groups_in_memory():
+    fewer = replace(GROUP, index=9, points=POINTS[:1], turn=None)
+    both = Groups.stack([GROUP, fewer])
+    first, second = both[0], both[1]
+    torch.testing.assert_close(first["image"], GROUP.images / 255 * 2 - 1)
+    assert torch.equal(first["latent_mean"], GROUP.latents[:, :4].float())
+    assert torch.equal(first["latent_std"], GROUP.latents[:, 4:].float())
+    assert torch.equal(first["points"], POINTS)
+    assert torch.equal(second["points"][:1], POINTS[:1]) and not second["points"][1:].any()
+    assert first["turn"] == 12.5 and second["turn"].isnan()
+    assert (int(second["index"]), second["draw"], second["prompt"]) == (9, 0, GROUP.prompt)
+
+
+def test_shards_of_groups_are_read_like_those_of_pictures(tmp_path):
+    groups = [replace(GROUP, index=index, prompt=str(index)) for index in range(3)]
+    with TarWriter(str(tmp_path / SHARD), encoder=False, mtime=0) as writer:
+        for group in groups:
+            writer.write(group.encode())
+    Manifest("train", {}, "a" * 16, {}, {SHARD.name: {"start": 0, "stop": 3, "samples": 3}}).write(tmp_path)
+    read = read_shards(tmp_path, 2)
+    assert isinstance(read, Groups) and read.prompt == ["0", "1"] and read.image.shape == (2, 2, 3, 4, 4)
+    passes = Passes(samples=read, seed=0)
+    assert [passes[position]["draw"] for position in range(4)] == [0, 0, 1, 1]
+    larger = replace(groups[2], images=torch.zeros(3, 3, 4, 4).byte(), points=torch.zeros(0, 3, 3))
+    with TarWriter(str(tmp_path / SHARD), encoder=False, mtime=0) as writer:
+        for group in [*groups[:2], replace(larger, latents=torch.zeros(3, 8, 2, 2).half())]:
+            writer.write(group.encode())
+    with pytest.raises(DataError, match="expected pictures and latents of one size"):
+        read_shards(tmp_path)

@@ -1,0 +1,191 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rg.metrics.keypoints import PCK, box_side, match_people, pck
+from rg.metrics.statistics import kernel_distance, paired_gain, student_quantile
+
+# Two images, four keypoints; the boxes of the visible ones have sides 20 and 10.
+TARGET = torch.tensor([[[0, 0], [20, 0], [0, 10], [90, 90]], [[5, 5], [15, 5], [5, 9], [15, 9]]]).float()
+VISIBLE = torch.tensor([[True, True, True, False], [True, True, True, True]])
+MOVED = torch.tensor([[[1, 0], [20, 2], [5, 10], [0, 0]], [[5, 5], [15, 6], [5, 11], [18, 9]]]).float()
+# Distances: 1, 2, 5 of box 20; 0, 1, 2, 3 of box 10.
+SHARES = {0.05: (1 / 3, 1 / 4), 0.1: (2 / 3, 2 / 4), 0.2: (2 / 3, 3 / 4)}
+
+
+def random_images(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """predicted, target, visible, present."""
+    generator = torch.Generator().manual_seed(seed)
+    target = 64 * torch.rand(n, 18, 2, generator=generator)
+    predicted = target + 6 * torch.randn(n, 18, 2, generator=generator)
+    visible = torch.rand(n, 18, generator=generator) < 0.7
+    visible[:, 0] = True
+    return predicted, target, visible, torch.rand(n, generator=generator) < 0.8
+
+
+def test_box_side_takes_the_larger_side_of_visible_points() -> None:
+    assert box_side(TARGET, VISIBLE).tolist() == [20, 10]
+    assert box_side(TARGET, torch.zeros_like(VISIBLE)).tolist() == [0, 0]
+
+
+def test_people_are_matched_by_smallest_total_distance() -> None:
+    target = torch.tensor([0.0, 10, 30]).view(1, 3, 1, 1).expand(1, 3, 4, 2).clone()
+    visible, present = torch.ones(1, 3, 4, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)
+    predicted = target[:, [2, 0, 1]]
+    assert match_people(predicted, target, visible, present).tolist() == [[1, 2, 0]]
+    # Both are nearest to the second person; the pair that is nearer in all decides, pictures by themselves.
+    crossed = torch.tensor([[9.0, 12, 50], [12, 9, 50]]).view(2, 3, 1, 1).expand(2, 3, 4, 2)
+    two = [x.expand(2, *x.shape[1:]) for x in (target, visible, present)]
+    assert match_people(crossed, *two).tolist() == [[0, 1, 2], [1, 0, 2]]
+    # Hidden keypoints do not count.
+    far = predicted.clone()
+    far[:, :, 0] += 1000
+    visible[:, :, 0] = False
+    assert match_people(far, target, visible, present).tolist() == [[1, 2, 0]]
+    # Who is no person is given away last: to the one who is not asked for.
+    visible[:, 0], present[:, 2] = False, False
+    assert match_people(predicted, target, visible, present).tolist() == [[2, 1, 0]]
+
+
+@pytest.mark.parametrize("alpha", SHARES)
+def test_pck_by_hand(alpha: float) -> None:
+    torch.testing.assert_close(
+        pck(MOVED, TARGET, VISIBLE, box_side(TARGET, VISIBLE), alpha), torch.tensor(SHARES[alpha])
+    )
+
+
+def test_pck_of_the_right_points_is_one_and_does_not_depend_on_the_unit() -> None:
+    predicted, target, visible, _ = random_images(5)
+    size = box_side(target, visible)
+    assert pck(target, target, visible, size, 0.05).tolist() == [1] * 5
+    torch.testing.assert_close(
+        pck(predicted, target, visible, size, 0.1), pck(4 * predicted, 4 * target, visible, 4 * size, 0.1)
+    )
+
+
+@pytest.mark.parametrize("alpha", [0, 1, -0.1, 2, math.nan])
+def test_alpha_outside_of_0_1_is_refused(alpha: float) -> None:
+    with pytest.raises(ValueError, match="`alpha`"):
+        pck(MOVED, TARGET, VISIBLE, torch.ones(2), alpha)
+    with pytest.raises(ValueError, match="`alphas`"):
+        PCK(alphas=(0.1, alpha))
+
+
+def test_other_bad_input_is_refused() -> None:
+    nothing = VISIBLE.clone()
+    nothing[1] = False
+    with pytest.raises(ValueError, match=r"none: \[1\]"):
+        pck(MOVED, TARGET, nothing, torch.ones(2), 0.1)
+    with pytest.raises(ValueError, match=r"got .*\(2, 3, 2\)"):
+        pck(MOVED[:, :3], TARGET, VISIBLE, torch.ones(2), 0.1)
+    with pytest.raises(ValueError, match="`box`"):
+        PCK(box="image")
+    with pytest.raises(ValueError, match="no images"), pytest.warns(UserWarning):
+        PCK().compute()
+
+
+def test_metric_by_hand() -> None:
+    metric = PCK(alphas=tuple(SHARES))
+    for i in range(2):
+        metric.update(MOVED[i : i + 1], TARGET[i : i + 1], VISIBLE[i : i + 1])
+    for alpha, (a, b) in SHARES.items():
+        # The standard error of two numbers is half of their difference.
+        assert metric.compute()[alpha] == pytest.approx({"mean": (a + b) / 2, "sem": abs(a - b) / 2}, abs=1e-7)
+
+
+def test_undetected_person_is_all_wrong() -> None:
+    metric = PCK(alphas=(0.2,))
+    metric.update(MOVED, TARGET, VISIBLE, present=torch.tensor([False, True]))
+    assert metric.compute()[0.2]["mean"] == pytest.approx(SHARES[0.2][1] / 2)
+
+
+def test_box_of_the_prediction() -> None:
+    metric = PCK(alphas=(0.1,), box="predicted")
+    metric.update(TARGET + 2.5 * (TARGET - TARGET[:, :1]), TARGET, VISIBLE)
+    # Boxes of 70 and 35: of the distances 0, 50, 25 and 0, 25, 10, 27 one each is small enough.
+    assert metric.compute()[0.1]["mean"] == pytest.approx((1 / 3 + 1 / 4) / 2)
+
+
+def test_metric_starts_anew_after_reset() -> None:
+    metric = PCK()
+    metric.update(*random_images(3))
+    metric.reset()
+    metric.update(MOVED, TARGET, VISIBLE)
+    assert metric.compute()[0.1]["mean"] == pytest.approx(sum(SHARES[0.1]) / 2)
+
+
+def _score_a_share(rank: int, file: str, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    metric = PCK()
+    # Unequal shares: a mean of the two means would be wrong.
+    metric.update(*(x[:2] if rank == 0 else x[2:] for x in random_images(7)))
+    torch.save(metric.compute(), Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_score_as_one(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(
+        _score_a_share, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2, start_method="fork"
+    )
+    metric = PCK()
+    metric.update(*random_images(7))
+    for rank in range(2):
+        scores = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for alpha, score in metric.compute().items():
+            assert scores[alpha] == pytest.approx(score, abs=1e-12)
+
+
+# Student's t for 95 %, from tables.
+@pytest.mark.parametrize(("freedom", "t"), [(1, 12.706), (2, 4.303), (9, 2.262), (63, 1.998), (100_000, 1.960)])
+def test_student_quantile(freedom: int, t: float) -> None:
+    assert student_quantile(freedom) == pytest.approx(t, rel=5e-4)
+
+
+def test_paired_gain_by_hand() -> None:
+    before = torch.tensor([0.1, 0.5, 0.9])
+    # Gains 0.1, 0.2, 0.3: mean 0.2, deviation 0.1, t of 2 degrees 4.3027.
+    half = 4.3027 * 0.1 / math.sqrt(3)
+    expected = {"mean": 0.2, "low": 0.2 - half, "high": 0.2 + half}
+    assert paired_gain(before, before + torch.tensor([0.1, 0.2, 0.3])) == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ValueError, match="N >= 2"):
+        paired_gain(before[:1], before[:1])
+
+
+def test_interval_of_the_gain_holds_the_truth_19_times_of_20() -> None:
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(400):
+        noise = torch.randn(2, 8, generator=generator)
+        gain = paired_gain(noise[0], noise[0] + 1 + noise[1])
+        held += gain["low"] <= 1 <= gain["high"]
+    assert 0.92 < held / 400 < 0.98
+
+
+def test_kernel_distance_by_hand() -> None:
+    a, b = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [1.0], [2.0]])
+    within_a, within_b = (1 * 2 + 1) ** 3, (1 + 1 + 27) / 3
+    between = (1 + 8 + 27 + 1 + 27 + 125) / 6
+    assert kernel_distance(a, b) == pytest.approx(within_a + within_b - 2 * between)
+    assert kernel_distance(a, b) == pytest.approx(kernel_distance(b, a))
+    for bad in (a[:1], torch.ones(2, 3)):
+        with pytest.raises(ValueError, match="N, M >= 2"):
+            kernel_distance(a, bad)
+
+
+def test_kernel_distance_is_unbiased() -> None:
+    generator = torch.Generator().manual_seed(0)
+    same = torch.tensor([kernel_distance(*torch.randn(2, 40, 4, generator=generator)) for _ in range(300)])
+    assert abs(same.mean()) < 3 * same.std() / math.sqrt(300)
+    assert same.min() < 0
+    # For unit Gaussians m apart in D dimensions, with s = |m|^2 / D, x.y / D + 1 has known moments:
+    # E k(x, x') = 1 + 3/D, E k(y, y') = (1 + s)^3 + 3 (1 + s)(1 + 2 s) / D + 6 s / D^2, E k(x, y) = 1 + 3 (1 + s) / D.
+    d, s = 4, 1.0
+    apart = [
+        kernel_distance(torch.randn(200, d, generator=generator), torch.randn(200, d, generator=generator) + 1)
+        for _ in range(100)
+    ]
+    expected = (1 + 3 / d) + ((1 + s) ** 3 + 3 * (1 + s) * (1 + 2 * s) / d + 6 * s / d**2) - 2 * (1 + 3 * (1 + s) / d)
+    assert sum(apart) / 100 == pytest.approx(expected, rel=0.05)

@@ -1,0 +1,142 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from PIL import Image
+
+from rg.generation import SCHEDULERS, generate, set_scheduler
+from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
+from rg.guidance.targets import FixedTarget
+from rg.io.images import load_control, save_picture
+from rg.points import rescale
+
+PROMPTS = ["a person in a red shirt", "two people at dusk", "grass"]
+KEYPOINTS = torch.stack([torch.arange(18.0) * 2, 40 - torch.arange(18.0), torch.arange(18) % 2], -1)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler])
+def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_pipeline, scheduler):
+    pipe = tiny_pipeline(scheduler=scheduler)
+    arguments = {"num_inference_steps": 3, "guidance_scale": 2.0}
+    together = generate(pipe, PROMPTS, seeds=[5, 6, 7], **arguments)
+    assert together.shape == (3, 3, 32, 32) and together.min() >= -1 and together.max() <= 1
+    for i in (2, 0, 1):
+        alone = generate(pipe, PROMPTS[i : i + 1], seeds=[5 + i], **arguments)
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-4)
+    other = generate(pipe, PROMPTS[:1], seeds=[8], **arguments)
+    assert (other[0] - together[0]).abs().max() > 1e-2
+
+
+def test_guidance_is_attached_for_the_call_alone(tiny_pipeline, tiny_head, poses):
+    pipe = tiny_pipeline()
+    term = GuidanceTerm(tiny_head(pipe.unet), FixedTarget(poses(3)))
+    guidance = ReadoutGuidance([term], normalize="rms", readout_scale=3.0)
+    arguments = {"seeds": [0, 1, 2], "num_inference_steps": 3}
+    plain = generate(pipe, PROMPTS, **arguments)
+    guided = generate(pipe, PROMPTS, guidance=guidance, **arguments)
+    assert ((guided - plain).flatten(1).abs().amax(1) > 1e-3).all()
+    assert torch.equal(generate(pipe, PROMPTS, **arguments), plain)
+
+
+@pytest.mark.parametrize(("name", "class_name"), SCHEDULERS.items())
+def test_set_scheduler_keeps_the_noise_schedule(tiny_pipeline, name, class_name):
+    pipe = tiny_pipeline(prediction_type="v_prediction")
+    before = pipe.scheduler
+    set_scheduler(pipe, name)
+    assert type(pipe.scheduler).__name__ == class_name
+    torch.testing.assert_close(pipe.scheduler.alphas_cumprod, before.alphas_cumprod)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert pipe.scheduler.config.timestep_spacing == "leading"
+    assert generate(pipe, PROMPTS[:1], seeds=[0], num_inference_steps=2).isfinite().all()
+
+
+def test_unknown_scheduler_is_named(tiny_pipeline):
+    pipe = tiny_pipeline()
+    before = pipe.scheduler
+    words = r"scheduler: expected one of \['ddim', 'ddpm', 'dpm\+\+', 'euler', 'pndm'\], got 'DDIM'"
+    with pytest.raises(ValueError, match=words):
+        set_scheduler(pipe, "DDIM")
+    assert pipe.scheduler is before
+
+
+def test_keypoints_from_a_file_move_to_the_image_being_made(tmp_path):
+    path = tmp_path / "pose.json"
+    path.write_text(json.dumps({"size": [48, 64], "keypoints": [KEYPOINTS.tolist()] * 2}))
+    same = load_control(path, (48, 64))
+    assert same.dtype == torch.float32 and torch.equal(same, KEYPOINTS.expand(1, 2, -1, -1))
+    moved = load_control(str(path), (24, 128))[0, 1]
+    assert torch.equal(moved[:, 2], KEYPOINTS[:, 2])
+    # Pixel centres at integers: the pixel's left border moves with the picture, x' + 1/2 = (x + 1/2) * 128 / 64.
+    torch.testing.assert_close(moved[:, 0] + 0.5, (KEYPOINTS[:, 0] + 0.5) * 2)
+    torch.testing.assert_close(moved[:, 1] + 0.5, (KEYPOINTS[:, 1] + 0.5) / 2)
+    torch.testing.assert_close(rescale(moved[:, :2], (24, 128), (48, 64)), KEYPOINTS[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "JSONDecodeError"),
+        ("[1, 2]", "TypeError"),
+        ('{"keypoints": []}', "found"),
+        ('{"size": [64, 64]}', "KeyError"),
+        ('{"size": [64], "keypoints": [[[0, 0, 1]]]}', "IndexError"),
+        ('{"size": ["a", 1], "keypoints": [[[0, 0, 1]]]}', "ValueError"),
+        ('{"size": [0, 64], "keypoints": [[[0, 0, 1]]]}', "size"),
+        ('{"size": [64, 64], "keypoints": [[[0, 0, 1], [0]]]}', "ValueError"),
+        ('{"size": [64, 64], "keypoints": [[[0, 0, 1]]]}', r"\(people, 18, 3\), found \(1, 1, 3\)"),
+        ('{"size": [64, 64], "keypoints": []}', r"\(people, 18, 3\), found \(0,\)"),
+    ],
+)
+def test_a_damaged_pose_file_is_named(tmp_path, text, words):
+    path = tmp_path / "pose.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"control={path}: expected .*{words}"):
+        load_control(path, (32, 32))
+
+
+def test_a_missing_control_is_named(tmp_path):
+    for name in ("pose.json", "pose.png"):
+        with pytest.raises(FileNotFoundError, match=rf"control={tmp_path / name}: there is no such file"):
+            load_control(tmp_path / name, (32, 32))
+
+
+def test_a_picture_is_written_and_read_back_as_a_control(tmp_path):
+    levels = torch.arange(256) / 127.5 - 1
+    picture = levels.view(1, 16, 16).repeat(3, 1, 1)
+    picture[0] = picture[0].flip(0)
+    path = tmp_path / "new" / "picture.png"
+    save_picture(picture, path)
+    assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
+    control = load_control(path, (16, 16))
+    assert np.array_equal(np.asarray(control)[..., 1].ravel(), np.arange(256))
+    torch.testing.assert_close(FixedTarget(control).control[0], picture)
+    save_picture(picture * 3, path)
+    torch.testing.assert_close(
+        FixedTarget(Image.open(path)).control[0], (picture * 3).clamp(-1, 1), rtol=0, atol=1 / 255
+    )
+
+
+def test_a_grey_picture_is_a_control(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "depth.png")
+    control = FixedTarget(load_control(tmp_path / "depth.png", (16, 16))).control
+    torch.testing.assert_close(control, torch.tensor(grey).expand(1, 3, -1, -1) / 127.5 - 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"half"])
+def test_a_damaged_picture_is_named(tmp_path, content):
+    path = tmp_path / "control.png"
+    Image.new("RGB", (64, 64)).save(path)
+    path.write_bytes(path.read_bytes()[:60] if content == b"half" else content)
+    with pytest.raises(ValueError, match=f"control={path}: expected a picture, found "):
+        load_control(path, (64, 64))
+
+
+def test_controls_of_other_modes_are_read_as_labels_are(tmp_path):
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(grey).save(tmp_path / "depth.png")  # 16 bits
+    assert np.array_equal(np.asarray(load_control(tmp_path / "depth.png", (16, 16)))[..., 0], grey // 257)
+    Image.new("RGBA", (8, 8), (10, 20, 30, 255)).save(tmp_path / "control.png")
+    assert load_control(tmp_path / "control.png", (8, 8)).getpixel((3, 3)) == (10, 20, 30)

@@ -1,0 +1,115 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rg.detectors.keypoints import Detection, KeypointDetector
+from rg.io.files import write_text
+from rg.report import CONDITIONS, KERNEL_IMAGES, distances_to, score_images, summarise, table
+
+
+def square_pose(side: float, hidden: tuple[int, ...] = ()) -> torch.Tensor:
+    """Keypoints on the corners of a square of `side` pixels: (1, 1, 18, 3)."""
+    corners = torch.tensor([[10.0, 10.0], [10.0 + side, 10.0], [10.0, 10.0 + side], [10.0 + side, 10.0 + side]])
+    pose = torch.cat([corners.repeat(5, 1)[:18], torch.ones(18, 1)], -1)
+    pose[list(hidden), 2] = 0
+    return pose[None, None]
+
+
+def detection(points: torch.Tensor, present: bool = True) -> Detection:
+    shape = points.shape[:2]
+    return Detection(points, torch.full(points.shape[:3], 0.5), torch.full(shape, 0.5), torch.full(shape, present))
+
+
+def record(shares: dict[str, float], confidence: float = 0.5, present: bool = True) -> dict:
+    pck = {"target": {"0.1": None}, "predicted": {"0.1": None}}
+    return {
+        condition: {
+            "pck": {box: {"0.1": share} for box in pck},
+            "confidence": confidence,
+            "present": present,
+        }
+        for condition, share in shares.items()
+    }
+
+
+def test_a_keypoint_counts_within_alpha_of_the_targets_box():
+    pose = square_pose(20.0)
+    # 9 of 18 keypoints are off by 3 px: outside of 0.1 * 20 = 2 px, inside of 0.2 * 20 = 4 px.
+    points = pose[..., :2].clone()
+    points[..., :9, 0] += 3
+    (score,) = score_images(detection(points), pose, (0.1, 0.2))
+    assert score["pck"]["target"] == {"0.1": pytest.approx(0.5), "0.2": pytest.approx(1.0)}
+
+
+def test_hidden_keypoints_do_not_count_and_the_box_of_the_prediction_is_its_own():
+    pose = square_pose(20.0, hidden=tuple(range(9)))
+    points = pose[..., :2].clone()
+    points[..., :9, :] += 100
+    points[..., 9:, :] = (points[..., 9:, :] - 10) * 3 + 10  # three times as large: only corner (10, 10) is right
+    (score,) = score_images(detection(points), pose, (0.05,))
+    right = float((pose[0, 0, 9:, :2] == 10).all(-1).float().mean())
+    assert score["pck"]["target"]["0.05"] == pytest.approx(right)
+    (wide,) = score_images(detection(points), pose, (0.7,))
+    assert wide["pck"]["predicted"]["0.7"] > wide["pck"]["target"]["0.7"], "0.7 * 60 px reaches further than 0.7 * 20"
+
+
+def test_an_undetected_person_is_wrong_everywhere():
+    pose = square_pose(20.0)
+    (score,) = score_images(detection(pose[..., :2], present=False), pose, (0.1,))
+    assert score["pck"]["target"]["0.1"] == 0 and not score["present"]
+
+
+def test_people_are_matched_and_averaged():
+    pose = torch.cat([square_pose(20.0), square_pose(20.0) + torch.tensor([30.0, 0, 0])], 1)
+    points = pose[:, [1, 0], :, :2].clone()  # found in the other order
+    points[:, 0, :9, 0] += 3
+    (score,) = score_images(detection(points), pose, (0.1,))
+    assert score["pck"]["target"]["0.1"] == pytest.approx(0.75) and score["present"]
+    assert score["points"] == points[0, [1, 0]].tolist()
+    # A person who is not asked for does not count, found or not.
+    alone = pose * torch.tensor([1.0, 0])[:, None, None]
+    found = detection(points)._replace(present=torch.tensor([[False, True]]))
+    (score,) = score_images(found, alone, (0.1,))
+    assert score["pck"]["target"]["0.1"] == 1 and score["present"]
+    (score,) = score_images(found, pose, (0.1,))
+    assert score["pck"]["target"]["0.1"] == 0.5 and not score["present"]
+    with pytest.raises(ValueError, match=r"pictures \[0\]"):
+        score_images(found, torch.zeros_like(pose), (0.1,))
+
+
+def test_summary_is_paired():
+    records = [
+        record({"unguided": 0.1, "guided": 0.5, "ceiling": 0.8}),
+        record({"unguided": 0.5, "guided": 0.9, "ceiling": 1.0}),
+    ]
+    row = summarise(records, (0.1,))["pck"]["0.1"]
+    assert row["guided"]["mean"] == pytest.approx(0.7)
+    assert row["guided"]["sem"] == pytest.approx(0.2)
+    # Every image gains exactly 0.4, however much the images differ: the interval has no width.
+    assert row["gain"] == {key: pytest.approx(0.4, abs=1e-6) for key in ("mean", "low", "high")}
+    assert row["share_of_ceiling"] == pytest.approx(0.7 / 0.9)
+
+
+def test_one_image_has_no_interval_and_a_table():
+    results = summarise([record({"unguided": 0.1, "guided": 0.5, "ceiling": 0.8})], (0.1,))
+    assert "gain" not in results["pck"]["0.1"]
+    assert "| PCK@0.1 | 0.100 ± 0.000 | 0.500 ± 0.000 | 0.800 ± 0.000 | - | 62.5% |" in table(results)
+
+
+def test_kernel_distance_needs_many_pictures_and_tells_renders_from_noise(root: Path):
+    detector = KeypointDetector.from_pretrained(root / "rg/models/detector")
+    torch.manual_seed(0)
+    flat = torch.rand(KERNEL_IMAGES, 3, 1, 1).expand(-1, -1, 64, 64) * 2 - 1
+    noise = torch.randn(KERNEL_IMAGES, 3, 64, 64).clamp(-1, 1)
+    assert distances_to(flat, {"same": flat[: KERNEL_IMAGES - 1]}, detector) is None
+    found = distances_to(flat[:KERNEL_IMAGES], {"same": flat, "noise": noise}, detector)
+    assert found["noise"] > 10 * abs(found["same"])
+
+
+def test_text_is_written_whole(tmp_path: Path):
+    write_text(tmp_path / "a" / "b.json", {"x": 1})
+    assert json.loads((tmp_path / "a" / "b.json").read_text()) == {"x": 1}
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.json"]
+    assert set(CONDITIONS) == {"unguided", "guided", "ceiling"}
