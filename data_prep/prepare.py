@@ -49,7 +49,7 @@ def build(
             one the number of indices, of which the skipped ones give no sample; None takes all of it.
 
     Raises:
-        DataError: before any work, unknown split or bad n, a source without that many pictures or of another resolution
+        DataError: before any work, unknown split or bad n, a source without that many images or of another resolution
             than the backbone, a folder made with other settings; later, a latent that is not finite.
     """
     if split not in SPLITS:
@@ -84,7 +84,7 @@ def _stop(source: Source, split: str, n: int | None) -> int:
     if stop is None:
         raise DataError("n: the source is endless, say how many samples to make, n=...")
     if stop < 1 or (count is not None and stop > count):
-        raise DataError(f"n: expected 1 to {count or 'any number of'} pictures of split {split}, got {stop}")
+        raise DataError(f"n: expected 1 to {count or 'any number of'} images of split {split}, got {stop}")
     return stop
 
 

@@ -20,18 +20,18 @@ class Skip:
 
 @dataclass(frozen=True)
 class SourceSample:
-    """A picture before it has a label.
+    """An image before it has a label.
 
     Attributes:
         image: (3, resolution, resolution) uint8, RGB.
         prompt: a description, or "".
-        kind: what the picture shows, in the source's words.
-        seed: the seed sequence of a generated picture.
-        identity: the attributes of each person, of a generated picture.
-        keypoints: (P, 18, 3) float32 of (x, y, visible) in pixels of `image`, of a generated picture.
-        depth, edges: (resolution, resolution) as in data_prep.marionette.render.Stills, of a generated picture.
-        file: the picture's path relative to its folder, of a picture that was read.
-        original: (height, width) of that file's picture before crop and resize.
+        kind: what the image shows, in the source's words.
+        seed: the seed sequence of a generated image.
+        identity: the attributes of each person, of a generated image.
+        keypoints: (P, 18, 3) float32 of (x, y, visible) in pixels of `image`, of a generated image.
+        depth, edges: (resolution, resolution) as in data_prep.marionette.render.Stills, of a generated image.
+        file: the image's path relative to its folder, of an image that was read.
+        original: (height, width) of that file's image before crop and resize.
     """
 
     image: Tensor
@@ -48,24 +48,24 @@ class SourceSample:
     @property
     def name(self) -> str:
         """What messages call it."""
-        return f"the picture of seed {self.seed}" if self.file is None else self.file.as_posix()
+        return f"the image of seed {self.seed}" if self.file is None else self.file.as_posix()
 
 
 @dataclass(frozen=True)
 class SourceGroup:
-    """A clip of a video, or other pictures of one thing, of which the first and the last are a pair.
+    """A clip of a video, or other images of one thing, of which the first and the last are a pair.
 
     Attributes:
         name: what messages call it.
         images: (T, 3, resolution, resolution) uint8, RGB, T >= 2, in order.
-        prompt: a description of the first picture, or "".
-        kind: what the pictures show, in the source's words.
-        edit_prompt: what an edit of the first picture shall show; None: `prompt`.
-        negatives: (K, 3, resolution, resolution) uint8, pictures known to be unlike the first; None: none are known.
-        points: (N, 2, 3) float32 of (x, y, visible) in pixels of the first and the last picture, of rendered things.
-        mask: (resolution, resolution) bool, where in the first picture the things are; None: anywhere.
+        prompt: a description of the first image, or "".
+        kind: what the images show, in the source's words.
+        edit_prompt: what an edit of the first image shall show; None: `prompt`.
+        negatives: (K, 3, resolution, resolution) uint8, images known to be unlike the first; None: none are known.
+        points: (N, 2, 3) float32 of (x, y, visible) in pixels of the first and the last image, of rendered things.
+        mask: (resolution, resolution) bool, where in the first image the things are; None: anywhere.
         turn: see rg.data.samples.Group.
-        seed, identity: as of data_prep.records.SourceSample, of the first picture.
+        seed, identity: as of data_prep.records.SourceSample, of the first image.
     """
 
     name: str
@@ -95,28 +95,28 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Label:
-    """What a picture is labelled with.
+    """What an image is labelled with.
 
     Attributes:
-        picture: (3, H, W) uint8, RGB, of the image's size.
+        image: (3, H, W) uint8, RGB, of the image's size.
         keypoints: (P, 18, 3) float32 of (x, y, visible) in pixels of the image; P = 0 where there are none.
     """
 
-    picture: Tensor
+    image: Tensor
     keypoints: Tensor
 
-    def pictures(self, item: SourceSample) -> Tensor:
+    def to_encode(self, item: SourceSample) -> Tensor:
         """What the autoencoder encodes: (1, 3, H, W) uint8."""
         return item.image[None]
 
     def sample(self, index: int, item: SourceSample, latents: Tensor) -> Sample:
         """The sample that is stored; latents: (1, 2C, h, w)."""
-        return Sample(index, item.image, self.picture, self.keypoints, latents[0], *_words(item))
+        return Sample(index, item.image, self.image, self.keypoints, latents[0], *_words(item))
 
 
 @dataclass(frozen=True)
 class GroupLabel:
-    """The pictures of a group that are kept, and points that are the same in all of them.
+    """The images of a group that are kept, and points that are the same in all of them.
 
     Attributes:
         images: (G, 3, H, W) uint8, RGB.
@@ -126,7 +126,7 @@ class GroupLabel:
     images: Tensor
     points: Tensor
 
-    def pictures(self, item: SourceGroup) -> Tensor:
+    def to_encode(self, item: SourceGroup) -> Tensor:
         """What the autoencoder encodes: (G, 3, H, W) uint8."""
         return self.images
 

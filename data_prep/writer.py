@@ -14,7 +14,7 @@ from rg.backbone.diffusion import DiffusionBackbone
 from rg.data.samples import DataError, Group, Sample
 from rg.data.shards import Manifest, read_shard
 
-# Always the same number of pictures go through the autoencoder at once: the last bits of a latent depend on it.
+# Always the same number of images go through the autoencoder at once: the last bits of a latent depend on it.
 BATCH = 50
 
 
@@ -24,7 +24,7 @@ class ShardWriter:
     Args:
         folder: <root>/<split>.
         manifest: of that folder; every finished shard is entered and the manifest written.
-        source: gives the pictures.
+        source: gives the images.
         annotator: gives their labels.
         backbone: gives their latents.
     """
@@ -92,12 +92,10 @@ class ShardWriter:
         read = {index: item for index, item in made.items() if not isinstance(item, Skip)}
         labels = dict(zip(read, self.annotator.annotate(list(read.values())), strict=True)) if read else {}
         made |= {index: label for index, label in labels.items() if isinstance(label, Skip)}
-        pictures = {i: label.pictures(read[i]) for i, label in labels.items() if not isinstance(label, Skip)}
-        if pictures:
-            latents = self._encode(torch.cat(list(pictures.values()))).split(
-                [len(group) for group in pictures.values()]
-            )
-            for index, latent in zip(pictures, latents, strict=True):
+        images = {i: label.to_encode(read[i]) for i, label in labels.items() if not isinstance(label, Skip)}
+        if images:
+            latents = self._encode(torch.cat(list(images.values()))).split([len(group) for group in images.values()])
+            for index, latent in zip(images, latents, strict=True):
                 if not latent.isfinite().all():
                     raise DataError(f"{self.folder}: the latent of sample {index:08d} is not finite in half precision")
                 made[index] = labels[index].sample(index, read[index], latent)

@@ -1,6 +1,6 @@
 """The main job on the embedded world, start to end: python -m experiments.demo (make demo)
 
-A guided picture from the shipped head, a head trained on 100 pictures, and its evaluation. Arguments are overrides of
+A guided image from the shipped head, a head trained on 100 images, and its evaluation. Arguments are overrides of
 rg.evaluate's configuration; a demo that was broken off goes on where it stopped.
 """
 
@@ -34,12 +34,12 @@ def demo(overrides: list[str], run_dir: Path) -> None:
 
 @clear_errors
 def main() -> None:
-    """Runs the demo and says where its pictures are."""
+    """Runs the demo and says where its images are."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     overrides = sys.argv[1:]
     run_dir = Path(OUTPUTS) / run_folder("demo", ",".join(overrides), "unfinished")
     demo(overrides, run_dir)
-    print(f"\nPictures: {run_dir}/picture/grid.png and {run_dir}/grid.png\nTable:    {run_dir}/table.md")
+    print(f"\nImages: {run_dir}/image/grid.png and {run_dir}/grid.png\nTable:    {run_dir}/table.md")
 
 
 if __name__ == "__main__":

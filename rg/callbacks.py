@@ -1,4 +1,4 @@
-"""Pictures and charts of a training run, for W&B and as files."""
+"""Images and charts of a training run, for W&B and as files."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from rg.heads.base import ReadoutHead
-from rg.io.figures import bar_chart, picture_grid, save_figure
+from rg.io.figures import bar_chart, image_grid, save_figure
 
 
 def finish_wandb(trainer: Trainer) -> None:
@@ -30,8 +30,8 @@ class _Figures(Callback):
                 logger.log_image(key=name, images=[str(path)], step=trainer.global_step)
 
 
-class ReadoutPictures(_Figures):
-    """After each validation: held-out pictures, their labels, and the readouts at every validated noise level."""
+class ReadoutImages(_Figures):
+    """After each validation: held-out images, their labels, and the readouts at every validated noise level."""
 
     def __init__(self, folder: str, count: int = 8) -> None:
         super().__init__(folder)
@@ -48,13 +48,12 @@ class ReadoutPictures(_Figures):
         if self.batch is None or not trainer.is_global_zero:
             return
         batch = self.batch
-        shown = {"picture": "image", "label": "label"}
-        rows = {row: (batch[name] + 1) / 2 for row, name in shown.items() if name in batch}
+        rows = {name: (batch[name] + 1) / 2 for name in ("image", "label") if name in batch}
         with torch.no_grad():
             for timestep in head.hparams.val_timesteps:
                 rows[f"t = {timestep}"] = head.preview(head.read_at(batch, timestep))
-        # The pictures of a group stand side by side.
-        self._publish(trainer, "readouts", picture_grid({row: p.flatten(0, -4) for row, p in rows.items()}))
+        # The images of a group stand side by side.
+        self._publish(trainer, "readouts", image_grid({row: p.flatten(0, -4) for row, p in rows.items()}))
 
 
 class MixingWeights(_Figures):

@@ -1,4 +1,4 @@
-"""Pictures after a reference picture: python -m rg.edit +experiment=variation (Luo et al., 2024, section 4)"""
+"""Images after a reference image: python -m rg.edit +experiment=variation (Luo et al., 2024, section 4)"""
 
 import logging
 from functools import partial
@@ -22,8 +22,8 @@ from rg.guidance.targets import ReferenceTarget
 from rg.heads import load_head
 from rg.heads.correspondence import CorrespondenceHead
 from rg.heads.relative import RelativeHead, pick
-from rg.io.figures import picture_grid, save_figure
-from rg.io.images import load_control, save_picture
+from rg.io.figures import image_grid, save_figure
+from rg.io.images import load_control, save_image
 from rg.points import Size, box_cells, cells, inside
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def read_places(cfg: DictConfig, image_size: Size) -> tuple[Tensor | None, Tenso
     """The drag's points (n, 2, 2) of (x, y), from and to, and the two boxes (2, 4), in pixels; None where not given.
 
     Raises:
-        ValueError: they have another form, or leave a picture of image_size (height, width).
+        ValueError: they have another form, or leave an image of image_size (height, width).
     """
     places = []
     for name, count in (("drag", None), ("boxes", 2)):
@@ -94,32 +94,32 @@ def make_term(
 
 
 def reference_noise(cfg: DictConfig, backbone: DiffusionBackbone) -> Tensor:
-    """Noise (1, C, h, w) from which the reference is sampled: a picture's, by inversion, or that of the seed.
+    """Noise (1, C, h, w) from which the reference is sampled: an image's, by inversion, or that of the seed.
 
     Raises:
-        FileNotFoundError, ValueError: the picture is missing or cannot be read, or the scheduler cannot invert it.
+        FileNotFoundError, ValueError: the image is missing or cannot be read, or the scheduler cannot invert it.
     """
-    if cfg.picture is None:
+    if cfg.reference is None:
         generator = torch.Generator("cpu").manual_seed(cfg.seed * 1_000_003)
         noise = torch.randn((1, backbone.latent_channels, *backbone.latent_size), generator=generator)
         return noise.to(backbone.device, backbone.denoiser.dtype)
     if cfg.scheduler != "ddim" or cfg.sampling.eta:
         raise ValueError(
-            f"picture: expected scheduler=ddim and sampling.eta=0, which can be inverted, got {cfg.scheduler} and "
+            f"image: expected scheduler=ddim and sampling.eta=0, which can be inverted, got {cfg.scheduler} and "
             f"{cfg.sampling.eta}"
         )
-    picture = load_control(cfg.picture, backbone.resolution)
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"picture={cfg.picture}: expected a picture, found keypoints")
+    image = load_control(cfg.reference, backbone.resolution)
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"reference={cfg.reference}: expected an image, found keypoints")
     height, width = backbone.resolution
-    square = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    square = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
     latents = backbone.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)[0]
     return invert(backbone, latents, num_inference_steps=cfg.sampling.num_inference_steps, prompt=cfg.prompt)
 
 
 def edit(cfg: DictConfig, run_dir: Path) -> Tensor:
-    """Writes reference.png, new pictures and grid.png into run_dir; returns the pictures (B, 3, H, W) in [-1, 1].
+    """Writes reference.png, new images and grid.png into run_dir; returns the images (B, 3, H, W) in [-1, 1].
 
     Raises:
         ValueError: see the functions above; an unknown `noise`, or fewer than one image.
@@ -136,8 +136,8 @@ def edit(cfg: DictConfig, run_dir: Path) -> Tensor:
     terms = [make_term(head, weight, drag, boxes, backbone.resolution, (h, w)) for head, weight, (h, w) in scaled]
     guidance: ReadoutGuidance = instantiate(cfg.guidance)(terms=terms)
     pipe.set_progress_bar_config(disable=False)
-    # An inverted picture comes back without text guidance alone.
-    plain = sampling if cfg.picture is None else {**sampling, "guidance_scale": 1.0}
+    # An inverted image comes back without text guidance alone.
+    plain = sampling if cfg.reference is None else {**sampling, "guidance_scale": 1.0}
     with guidance.record(pipe):
         reference = generate(pipe, [cfg.prompt], seeds=[cfg.seed * 1_000_003], latents=noise, **plain)
     arguments: dict[str, Any] = {"seeds": [cfg.seed * 1_000_003 + 1 + i for i in range(cfg.images)], **sampling}
@@ -146,10 +146,10 @@ def edit(cfg: DictConfig, run_dir: Path) -> Tensor:
     prompts = [cfg.prompt if cfg.edit_prompt is None else cfg.edit_prompt] * cfg.images
     rows = {"reference": reference.expand(cfg.images, -1, -1, -1), "unguided": generate(pipe, prompts, **arguments)}
     rows["guided"] = generate(pipe, prompts, guidance=guidance, **arguments)
-    save_picture(reference[0], run_dir / "reference.png")
-    for number, picture in enumerate(rows["guided"]):
-        save_picture(picture, run_dir / f"{number:05d}.png")
-    save_figure(picture_grid({name: (row + 1) / 2 for name, row in rows.items()}, side=128), run_dir / "grid.png")
+    save_image(reference[0], run_dir / "reference.png")
+    for number, image in enumerate(rows["guided"]):
+        save_image(image, run_dir / f"{number:05d}.png")
+    save_figure(image_grid({name: (row + 1) / 2 for name, row in rows.items()}, side=128), run_dir / "grid.png")
     point_latest(run_dir)
     energies = [float(step.energy.mean()) for step in guidance.trace]
     if energies:

@@ -28,9 +28,9 @@ from rg.generation import generate, set_scheduler
 from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
-from rg.io.figures import picture_grid, save_figure
+from rg.io.figures import image_grid, save_figure
 from rg.io.files import write_text
-from rg.io.images import save_picture
+from rg.io.images import save_image
 from rg.points import draw_skeletons
 from rg.report import CONDITIONS, distances_to, score_images, summarise, table
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """Samples and scores the held-out poses, a file per picture: a broken-off run goes on where it stopped."""
+    """Samples and scores the held-out poses, a file per image: a broken-off run goes on where it stopped."""
 
     def __init__(self, cfg: DictConfig, run_dir: Path) -> None:
         for alpha in cfg.alphas:
@@ -73,7 +73,7 @@ class Evaluation:
     def record_path(self, position: int) -> Path:
         return self.run_dir / "samples" / f"{position:05d}.json"
 
-    def picture_path(self, position: int, condition: str) -> Path:
+    def image_path(self, position: int, condition: str) -> Path:
         return self.run_dir / "samples" / f"{position:05d}-{condition}.png"
 
     def run(self) -> dict[str, Any]:
@@ -85,9 +85,9 @@ class Evaluation:
             self.sample(batch)
         records = [json.loads(self.record_path(i).read_text()) for i in range(len(self.samples))]
         results = summarise(records, self.cfg.alphas)
-        pictures = {condition: self.pictures(condition) for condition in CONDITIONS}
+        images = {condition: self.images(condition) for condition in CONDITIONS}
         renders = torch.stack([sample["image"] for sample in self.samples])
-        results["kernel_distance"] = distances_to(renders, pictures, self.detector)
+        results["kernel_distance"] = distances_to(renders, images, self.detector)
         results["seconds"] = {c: sum(r["seconds"][c] for r in records) for c in ("unguided", "guided")}
         results["command"] = shlex.join(["python", "-m", "rg.evaluate", *sys.argv[1:]])
         write_text(self.run_dir / "table.md", table(results))
@@ -96,43 +96,43 @@ class Evaluation:
         return results
 
     def sample(self, positions: list[int]) -> None:
-        """Unguided and guided pictures from the same seeds, the autoencoder's own, and their scores."""
+        """Unguided and guided made from the same seeds, the autoencoder's own, and their scores."""
         batch = [self.samples[i] for i in positions]
         keypoints = torch.stack([sample["keypoints"] for sample in batch])
         control = self.head.control(default_collate(batch))
         guidance = instantiate(self.cfg.guidance)(terms=[GuidanceTerm(self.head, FixedTarget(control))])
-        # Another picture's prompt: what it says must not give the pose away.
+        # Another image's prompt: what it says must not give the pose away.
         prompts = [self.samples.prompt[(i + len(self.samples) // 2) % len(self.samples)] for i in positions]
         arguments = {"seeds": [self.cfg.seed * 1_000_003 + i for i in positions], **self.cfg.sampling}
-        pictures, seconds = {}, {}
+        made, seconds = {}, {}
         for condition, steering in (("unguided", None), ("guided", guidance)):
             begin = time.perf_counter()
-            pictures[condition] = generate(self.backbone.pipeline, prompts, guidance=steering, **arguments)
+            made[condition] = generate(self.backbone.pipeline, prompts, guidance=steering, **arguments)
             seconds[condition] = (time.perf_counter() - begin) / len(positions)
-        pictures["ceiling"] = self.backbone.decode(torch.stack([sample["latent_mean"] for sample in batch])).cpu()
+        made["ceiling"] = self.backbone.decode(torch.stack([sample["latent_mean"] for sample in batch])).cpu()
         readouts = self.head.preview(guidance.trace[-1].readouts[0]).cpu() if guidance.trace else None
         scores = {
             condition: score_images(self.detector.detect(images, keypoints.shape[1]), keypoints, self.cfg.alphas)
-            for condition, images in pictures.items()
+            for condition, images in made.items()
         }
         for row, position in enumerate(positions):
-            for condition, images in pictures.items():
-                save_picture(images[row], self.picture_path(position, condition))
+            for condition, images in made.items():
+                save_image(images[row], self.image_path(position, condition))
             if readouts is not None:
-                save_picture(readouts[row] * 2 - 1, self.picture_path(position, "readout"))
+                save_image(readouts[row] * 2 - 1, self.image_path(position, "readout"))
             record = {"position": position, "prompt": prompts[row], "seconds": seconds}
             write_text(self.record_path(position), {**record, **{c: scores[c][row] for c in CONDITIONS}})
 
-    def pictures(self, condition: str, count: int | None = None) -> Tensor:
-        """Saved pictures of a condition: (N, 3, H, W) in [-1, 1]."""
-        paths = [self.picture_path(i, condition) for i in range(len(self.samples))[:count]]
+    def images(self, condition: str, count: int | None = None) -> Tensor:
+        """Saved images of a condition: (N, 3, H, W) in [-1, 1]."""
+        paths = [self.image_path(i, condition) for i in range(len(self.samples))[:count]]
         arrays = [torch.frombuffer(bytearray(Image.open(p).tobytes()), dtype=torch.uint8) for p in paths]
         sizes = [Image.open(path).size for path in paths]
         shaped = [a.view(h, w, 3).permute(2, 0, 1) for a, (w, h) in zip(arrays, sizes, strict=True)]
         return torch.stack(shaped).float() / 127.5 - 1
 
     def grid(self, count: int = 10) -> Any:
-        """Target pose, picture it came from, unguided, guided, readout during guidance, detected pose."""
+        """Target pose, image it came from, unguided, guided, readout during guidance, detected pose."""
         size = self.backbone.resolution
         keypoints = self.samples.keypoints[:count]
         points = [json.loads(self.record_path(i).read_text())["guided"]["points"] for i in range(len(keypoints))]
@@ -141,13 +141,13 @@ class Evaluation:
         shown = (4 * size[0], 4 * size[1])
         rows = {
             "target pose": draw_skeletons(keypoints, size, shown, 6.0),
-            "unguided": (self.pictures("unguided", count) + 1) / 2,
-            "guided": (self.pictures("guided", count) + 1) / 2,
+            "unguided": (self.images("unguided", count) + 1) / 2,
+            "guided": (self.images("guided", count) + 1) / 2,
         }
-        if self.picture_path(0, "readout").is_file():
-            rows["readout"] = (self.pictures("readout", count) + 1) / 2
+        if self.image_path(0, "readout").is_file():
+            rows["readout"] = (self.images("readout", count) + 1) / 2
         rows["detected pose"] = draw_skeletons(found, size, shown, 6.0)
-        return picture_grid(rows)
+        return image_grid(rows)
 
 
 def evaluate(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:

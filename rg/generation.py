@@ -1,4 +1,4 @@
-"""Pictures from a pipeline, guided or not, and the controls that guide them."""
+"""Images from a pipeline, guided or not, and the controls that guide them."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -41,7 +41,7 @@ def generate(
     guidance: ReadoutGuidance | None = None,
     **arguments: Any,
 ) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1]. Picture i depends on prompts[i] and seeds[i], not on its neighbours.
+    """Images (B, 3, H, W) in [-1, 1]. Image i depends on prompts[i] and seeds[i], not on its neighbours.
 
     Args:
         pipe: any diffusers text-to-image pipeline.
@@ -50,5 +50,5 @@ def generate(
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with guidance.attach(pipe) if guidance is not None else nullcontext():
-        pictures = pipe(list(prompts), generator=generators, output_type="pt", **arguments).images
-    return pictures.cpu().float() * 2 - 1
+        images = pipe(list(prompts), generator=generators, output_type="pt", **arguments).images
+    return images.cpu().float() * 2 - 1

@@ -1,6 +1,6 @@
 """The one owner of coordinates: keypoint names, limbs, and the maps between points, heatmaps and skeletons.
 
-A point is (x, y) in pixels of the image it is named with; pixel centres lie at integers, so a picture of
+A point is (x, y) in pixels of the image it is named with; pixel centres lie at integers, so an image of
 width W covers x in [-0.5, W - 0.5]. Sizes are (height, width). A keypoint is (x, y, visible).
 """
 

@@ -1,4 +1,4 @@
-"""Scores of sampled pictures against the poses they were asked for, and how they are shown."""
+"""Scores of sampled images against the poses they were asked for, and how they are shown."""
 
 import math
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ KERNEL_IMAGES = 256
 
 
 def score_images(found: Detection, keypoints: Tensor, alphas: Sequence[float]) -> list[dict[str, Any]]:
-    """PCK of each picture, a mean over its people: {"pck": {box: {alpha: share}}, "confidence", "present", "points"}.
+    """PCK of each image, a mean over its people: {"pck": {box: {alpha: share}}, "confidence", "present", "points"}.
 
     Predictions are matched with the people asked for by smallest distance; "points" are in the latter's order, and
     "present" is whether all of them were found.
 
     Args:
-        found: the detector's poses of B pictures, P people each.
+        found: the detector's poses of B images, P people each.
         keypoints: (B, P, 18, 3) of (x, y, visible), the poses asked for; a person without a visible keypoint does not
-            count, and each picture has one who does.
+            count, and each image has one who does.
 
     Raises:
-        ValueError: a picture whose people have no visible keypoint.
+        ValueError: an image whose people have no visible keypoint.
     """
     target, visible = keypoints[..., :2], keypoints[..., 2] > 0
     order = match_people(found.points, target, visible, found.present)
@@ -37,9 +37,7 @@ def score_images(found: Detection, keypoints: Tensor, alphas: Sequence[float]) -
     points, confidence, present = (values[rows, order] for values in (found.points, found.confidence, found.present))
     people = visible.any(-1)
     if not people.any(1).all():
-        raise ValueError(
-            f"no visible keypoint in pictures {(~people.any(1)).nonzero().flatten().tolist()} of the batch"
-        )
+        raise ValueError(f"no visible keypoint in images {(~people.any(1)).nonzero().flatten().tolist()} of the batch")
     sides = {
         "target": box_side(target[people], visible[people]),
         "predicted": box_side(points[people], visible[people]),
@@ -66,7 +64,7 @@ def score_images(found: Detection, keypoints: Tensor, alphas: Sequence[float]) -
 
 
 def mean_over_people(values: Tensor, people: Tensor) -> Tensor:
-    """Means over the people of each picture: values (N,) of those marked in people (B, P) -> (B,)."""
+    """Means over the people of each image: values (N,) of those marked in people (B, P) -> (B,)."""
     spread = torch.zeros(people.shape, dtype=values.dtype, device=values.device)
     spread[people] = values
     return spread.sum(1) / people.sum(1)
@@ -96,11 +94,11 @@ def summarise(records: Sequence[dict[str, Any]], alphas: Sequence[float]) -> dic
 
 
 def distances_to(renders: Tensor, sets: dict[str, Tensor], detector: KeypointDetector) -> dict[str, float] | None:
-    """Kernel distance of sets of pictures to renders; None where there are fewer than KERNEL_IMAGES."""
+    """Kernel distance of sets of images to renders; None where there are fewer than KERNEL_IMAGES."""
     if min(len(renders), *map(len, sets.values())) < KERNEL_IMAGES:
         return None
     with torch.no_grad():
-        features = {name: detector.embed(pictures) for name, pictures in {**sets, "renders": renders}.items()}
+        features = {name: detector.embed(images) for name, images in {**sets, "renders": renders}.items()}
     return {name: kernel_distance(features[name], features["renders"]) for name in sets}
 
 

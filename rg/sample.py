@@ -1,4 +1,4 @@
-"""Guided pictures from the command line: python -m rg.sample +experiment=pose_control"""
+"""Guided images from the command line: python -m rg.sample +experiment=pose_control"""
 
 import logging
 from pathlib import Path
@@ -17,14 +17,14 @@ from rg.generation import generate, set_scheduler
 from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
-from rg.io.figures import picture_grid, save_figure
-from rg.io.images import load_control, save_picture
+from rg.io.figures import image_grid, save_figure
+from rg.io.images import load_control, save_image
 
 log = logging.getLogger(__name__)
 
 
 def read_controls(cfg: DictConfig, backbone: DiffusionBackbone, head: ReadoutHead) -> tuple[FixedTarget, list[str]]:
-    """The control file that `cfg.control` names, else the labels of held-out pictures; and a prompt for each image.
+    """The control file that `cfg.control` names, else the labels of held-out images; and a prompt for each image.
 
     Raises:
         ValueError: the head cannot take such a control.
@@ -42,7 +42,7 @@ def read_controls(cfg: DictConfig, backbone: DiffusionBackbone, head: ReadoutHea
 
 
 def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
-    """Writes guided pictures and grid.png into run_dir; returns the pictures (B, 3, H, W) in [-1, 1]."""
+    """Writes guided images and grid.png into run_dir; returns the images (B, 3, H, W) in [-1, 1]."""
     if cfg.images < 1:
         raise ValueError(f"images: expected at least 1, got {cfg.images}")
     head = choose_head(cfg.head, cfg.world.family)
@@ -62,9 +62,9 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
         size = (readouts.shape[-2], readouts.shape[-1])
         wanted = target.encode(head, readout_size=size, image_size=backbone.resolution, device=readouts.device)
         rows = {"control": head.preview(wanted), **rows, "readout": head.preview(readouts)}
-    for number, picture in enumerate(guided):
-        save_picture(picture, run_dir / f"{number:05d}.png")
-    save_figure(picture_grid(rows, side=128), run_dir / "grid.png")
+    for number, image in enumerate(guided):
+        save_image(image, run_dir / f"{number:05d}.png")
+    save_figure(image_grid(rows, side=128), run_dir / "grid.png")
     point_latest(run_dir)
     energies = [float(step.energy.mean()) for step in guidance.trace]
     if energies:

@@ -89,7 +89,7 @@ def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 @pytest.fixture
 def tiny_pipeline(tokenizer: CLIPTokenizer) -> Callable[..., StableDiffusionPipeline]:
-    """Makes StableDiffusionPipelines with random weights: pictures of 32x32, latents (4,8,8), float32, in eval mode.
+    """Makes StableDiffusionPipelines with random weights: images of 32x32, latents (4,8,8), float32, in eval mode.
 
     `tiny_pipeline(scheduler=EulerDiscreteScheduler, prediction_type="v_prediction", seed=0)`: equal seeds give
     equal weights, and the test's own random state is left alone.
@@ -169,7 +169,7 @@ def denoise() -> Callable[..., Tensor]:
 
 @pytest.fixture
 def poses() -> Callable[..., Tensor]:
-    """Random poses (count, 1, 18, 3) of one visible person each, in a tiny pipeline's pictures: `poses(3, seed=1)`."""
+    """Random poses (count, 1, 18, 3) of one visible person each, in a tiny pipeline's images: `poses(3, seed=1)`."""
 
     def draw(count: int, *, seed: int = 0) -> Tensor:
         points = torch.rand(count, 1, 18, 2, generator=torch.Generator().manual_seed(seed)) * 31

@@ -1,6 +1,6 @@
 """Tiny pipelines with random weights of every family that guidance works on, and how each of them is called.
 
-Pictures are 32x32, latents (4, 8, 8). Blocks, conditions and prediction types are those of the real models, widths are
+Images are 32x32, latents (4, 8, 8). Blocks, conditions and prediction types are those of the real models, widths are
 not: the text embeddings are 8, 12 and 16 wide in Stable Diffusion 1, 2 and SDXL, 10 in PixArt.
 """
 
@@ -190,10 +190,10 @@ def _controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
 
 
 def arguments(family: str, images: int, size: tuple[int, int] = (32, 32)) -> dict[str, Any]:
-    """What a family's call takes beside the prompts: pictures of the given (height, width), made of noise."""
+    """What a family's call takes beside the prompts: images of the given (height, width), made of noise."""
     generator = torch.Generator().manual_seed(9)
     noise = torch.randint(256, (*size, 3), generator=generator, dtype=torch.uint8)
-    picture = Image.fromarray(noise.numpy())
+    image = Image.fromarray(noise.numpy())
     mask = Image.new("L", size[::-1])
     mask.paste(255, (8, 8, 24, 24))
     height, width = {"height": size[0], "width": size[1]}, {}
@@ -201,12 +201,12 @@ def arguments(family: str, images: int, size: tuple[int, int] = (32, 32)) -> dic
         # Its tables of aspect ratios begin at latents of 32x32.
         return {**height, "use_resolution_binning": False}
     if "inpaint" in family:
-        # The picture is repeated by the pipelines themselves.
-        width = {"image": picture, "mask_image": mask, "strength": 0.99 if "plain" in family else 1.0}
+        # The image is repeated by the pipelines themselves.
+        width = {"image": image, "mask_image": mask, "strength": 0.99 if "plain" in family else 1.0}
     elif "img2img" in family:
-        return {"image": [picture] * images, "strength": 0.8}
+        return {"image": [image] * images, "strength": 0.8}
     elif "controlnet" in family or "adapter" in family:
-        width = {"image": [picture] * images}
+        width = {"image": [image] * images}
     return {**height, **width}
 
 

@@ -48,7 +48,7 @@ def first_values(sweep: str) -> list[str]:
     return [f"{key}={str(values).split(',')[0]}" for key, values in params.items()]
 
 
-# PixArt has no image-to-image pipeline, which edits the pictures of these.
+# PixArt has no image-to-image pipeline, which edits the images of these.
 NO_DATA = {("appearance", "pixart"), ("identity", "pixart")}
 PAIRS = [(name, world) for name in EXPERIMENTS for world in WORLDS if (name, world) not in NO_DATA]
 RUNS = [

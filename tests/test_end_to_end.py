@@ -68,7 +68,7 @@ def test_a_depth_and_an_edge_head_train_sample_and_ship(place: Path, root: Path,
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((place / "outputs" / "eval_pck" / "latest" / "results.json").read_text())["images"] == 2
     assert f"python -m rg.train +experiment={task}" in (ship(run_dir, task, place) / "README.md").read_text()
-    # In that folder the head is found by its name; its controls are the labels of held-out pictures.
+    # In that folder the head is found by its name; its controls are the labels of held-out images.
     done = run(place / "heads", root, "rg.sample", f"+experiment={task}_control", *TINY)
     assert done.returncode == 0, done.stdout + done.stderr
     for folder in (place, place / "heads"):
@@ -76,12 +76,12 @@ def test_a_depth_and_an_edge_head_train_sample_and_ship(place: Path, root: Path,
 
 
 def _label(shard: Path) -> bytes:
-    """The first label of a shard, as a grey picture."""
+    """The first label of a shard, as a grey image."""
     with tarfile.open(shard) as archive:
         name = next(name for name in archive.getnames() if name.endswith("label.png"))
-        picture = Image.open(archive.extractfile(name)).convert("L")
+        image = Image.open(archive.extractfile(name)).convert("L")
     stream = io.BytesIO()
-    picture.save(stream, format="PNG")
+    image.save(stream, format="PNG")
     return stream.getvalue()
 
 
@@ -95,7 +95,7 @@ def test_the_evaluation_continues(place: Path, root: Path, head: Path):
     assert set(first["pck"]["0.05"]) == {"unguided", "guided", "ceiling", "gain", "share_of_ceiling"}
     assert first["images"] == 2 and first["command"].startswith("python -m rg.evaluate")
     assert "PCK@0.05" in (latest / "table.md").read_text() and "PCK@0.05" in done.stdout
-    # As if it had been broken off after the first picture.
+    # As if it had been broken off after the first image.
     kept = (latest / "samples" / "00000.json").stat().st_mtime_ns
     for path in (latest / "results.json", latest / "samples" / "00001.json"):
         path.unlink()
@@ -122,7 +122,7 @@ def test_the_evaluation_continues(place: Path, root: Path, head: Path):
         ("rg.evaluate", ["head.path=nowhere"], "nowhere"),
         ("rg.evaluate", ["images=0"], "images"),
         ("rg.sample", ["+experiment=pose_control", "control=missing.png"], "missing.png"),
-        ("rg.sample", ["+experiment=pose_control", "control=damaged.png"], "damaged.png: expected a picture"),
+        ("rg.sample", ["+experiment=pose_control", "control=damaged.png"], "damaged.png: expected an image"),
         ("rg.sample", ["+experiment=pose_control", "scheduler=eular"], "eular"),
         ("rg.sample", ["+experiment=pose_control", "head.released=pose"], "got 'marionette'"),
         ("rg.sample", ["+experiment=pose_control", "head.released=poze"], "poze"),
@@ -130,7 +130,7 @@ def test_the_evaluation_continues(place: Path, root: Path, head: Path):
     ],
 )
 def test_bad_input_is_one_clear_error(place: Path, root: Path, module: str, overrides: list[str], named: str):
-    (place / "damaged.png").write_bytes(b"no picture")
+    (place / "damaged.png").write_bytes(b"no image")
     done = run(place, root, module, *overrides)
     message = done.stderr.strip().splitlines()
     assert done.returncode != 0

@@ -46,8 +46,8 @@ class Reader:
         assert done.returncode == 0, f"{code}\n{done.stdout}{done.stderr}"
         return done.stdout
 
-    def pictures(self, names: list[str]) -> torch.Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] from files."""
+    def images(self, names: list[str]) -> torch.Tensor:
+        """Images (B, 3, H, W) in [-1, 1] from files."""
         arrays = [np.asarray(Image.open(self.folder / name)) for name in names]
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
 
@@ -85,7 +85,7 @@ def test_the_person_stands_where_the_mask_is(reader: Reader):
     assert float(last) < 0.5 * float(first)
     run = reader.folder / "outputs/person_at_left/latest"
     assert (run / "grid.png").is_file()
-    guided = reader.pictures([run / f"{number:05d}.png" for number in range(4)])
+    guided = reader.images([run / f"{number:05d}.png" for number in range(4)])
     pipe = DiffusionBackbone.from_pretrained("marionette", device="cpu").pipeline
     settings = {"num_inference_steps": 25, "guidance_scale": 2.0, "eta": 1.0}
     unguided = generate(pipe, [PROMPT] * 4, seeds=range(4), **settings)
@@ -98,12 +98,10 @@ def test_the_person_stands_where_the_mask_is(reader: Reader):
     assert (found[:4, :, 0].mean(1) < 22).all(), "every person is at the left"
 
 
-def test_a_function_on_features_mirrors_the_pictures(reader: Reader):
+def test_a_function_on_features_mirrors_the_images(reader: Reader):
     unguided, mirrored = (
         (strip - strip.flip(-1)).abs().mean()
-        for strip in (
-            torch.stack(reader.pictures([f"{name}.png"])[0].chunk(4, -1)) for name in ("unguided", "mirrored")
-        )
+        for strip in (torch.stack(reader.images([f"{name}.png"])[0].chunk(4, -1)) for name in ("unguided", "mirrored"))
     )
     assert mirrored < 0.7 * unguided, (unguided, mirrored)
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tokenizer):
-    """A folder with a tiny pipeline of each model, and pictures of 32x32 with keypoints."""
+    """A folder with a tiny pipeline of each model, and images of 32x32 with keypoints."""
     place = tmp_path_factory.mktemp("worlds")
     for model in MODELS:
         build(model, tokenizer).save_pretrained(place / model)
@@ -25,7 +25,7 @@ def place(tmp_path_factory, tokenizer):
     for name in ("pictures", "labels"):
         (place / name).mkdir()
     for number in range(40):
-        Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(place / f"pictures/{number}.png")
+        Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(place / f"images/{number}.png")
         points = np.concatenate([rng.uniform(0, 31, (1, len(KEYPOINTS), 2)), np.ones((1, len(KEYPOINTS), 1))], -1)
         (place / f"labels/{number}.json").write_text(json.dumps({"keypoints": points.tolist()}))
     return place
@@ -45,7 +45,7 @@ def test_a_world_trains_samples_and_evaluates(place, root, model):
         *(f"world.backbone.{key}" for key in (f"path={model}", "variant=null")),
         *(f"world.{key}" for key in ("projection_dim=16", "norm_groups=2", "hidden_channels=8", "output_scale=2")),
         *(f"data.builder.backbone.{key}" for key in (f"path={model}", "variant=null")),
-        *(f"data.builder.{key}" for key in ("source.path=pictures", "annotator.path=labels", "source.resolution=32")),
+        *(f"data.builder.{key}" for key in ("source.path=images", "annotator.path=labels", "source.resolution=32")),
     ]
     small = ["data.size=null", "data.val_size=null", "data.batch_size=4", "data.epoch_batches=2", "trainer.max_steps=2"]
     done = run(place, root, "rg.train", "+experiment=pose_100", f"name={model}", *world, *small)
@@ -56,8 +56,8 @@ def test_a_world_trains_samples_and_evaluates(place, root, model):
         few.append("+sampling.use_resolution_binning=false")  # its tables begin at latents of 32x32
     done = run(place, root, "rg.sample", "+experiment=pose_control", *world, *few)
     assert done.returncode == 0, done.stdout + done.stderr
-    picture = place / "outputs" / "pose_control" / "latest" / "00001.png"
-    assert Image.open(picture).size == (32, 32) and len(np.unique(np.asarray(Image.open(picture)))) > 10
+    image = place / "outputs" / "pose_control" / "latest" / "00001.png"
+    assert Image.open(image).size == (32, 32) and len(np.unique(np.asarray(Image.open(image)))) > 10
     done = run(place, root, "rg.evaluate", *world, *few, "world.detector.folder=detector")
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((place / "outputs" / "eval_pck" / "latest" / "results.json").read_text())

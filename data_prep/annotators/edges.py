@@ -1,4 +1,4 @@
-"""Edges of any picture, by OpenCV."""
+"""Edges of any image, by OpenCV."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from data_prep.records import Label, Skip, SourceSample
 
 
 class LineAnnotator:
-    """Draws the edges that a subclass finds; a picture without one is skipped by name.
+    """Draws the edges that a subclass finds; an image without one is skipped by name.
 
     Args:
-        line_width: thickness of a line in whole pixels of the picture, about a cell of the readout: a thinner one fades
+        line_width: thickness of a line in whole pixels of the image, about a cell of the readout: a thinner one fades
             when the label is resized to the readout's size. An even one lies half a pixel to the right and below.
 
     Raises:
@@ -43,7 +43,7 @@ class LineAnnotator:
 
 
 class Canny(LineAnnotator):
-    """Edges by the detector of Canny (1986) on the grey picture at the source's resolution.
+    """Edges by the detector of Canny (1986) on the grey image at the source's resolution.
 
     Args:
         low, high: thresholds of |dx| + |dy|, by 3x3 Sobel filters on grey levels 0..255: above `high` lies an edge,

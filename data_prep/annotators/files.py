@@ -1,4 +1,4 @@
-"""Labels that someone has made already, as files named after the pictures."""
+"""Labels that someone has made already, as files named after the images."""
 
 import json
 from collections.abc import Sequence
@@ -7,21 +7,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_prep.cropping import crop_picture, crop_points
+from data_prep.cropping import crop_image, crop_points
 from data_prep.records import Label, Skip, SourceSample
-from rg.io.images import UNREADABLE, open_picture
+from rg.io.images import UNREADABLE, open_image
 from rg.points import draw_skeletons
 
 
 class FileLabels:
-    """Reads the label of picture a/b.jpg from <path>/a/b.png, its keypoints from <path>/a/b.json, or one of the two.
+    """Reads the label of image a/b.jpg from <path>/a/b.png, its keypoints from <path>/a/b.json, or one of the two.
 
-    The PNG has the size of the picture. The JSON is {"keypoints": P people x 18 x [x, y, visible]} in pixels of the
-    picture. Both are cropped and resized as the picture is. Without a PNG the skeleton is drawn from the JSON.
+    The PNG has the size of the image. The JSON is {"keypoints": P people x 18 x [x, y, visible]} in pixels of the
+    image. Both are cropped and resized as the image is. Without a PNG the skeleton is drawn from the JSON.
 
     Args:
         path: the folder of the labels.
-        line_width: thickness of a limb that is drawn, in pixels of the resized picture; None draws nothing: there must
+        line_width: thickness of a limb that is drawn, in pixels of the resized image; None draws nothing: there must
             be a PNG, as for depth and edges.
     """
 
@@ -35,30 +35,30 @@ class FileLabels:
         return [self._label(sample) for sample in samples]
 
     def _label(self, sample: SourceSample) -> Label | Skip:
-        picture_file = (self.path / sample.file).with_suffix(".png")
-        points_file = picture_file.with_suffix(".json")
+        image_file = (self.path / sample.file).with_suffix(".png")
+        points_file = image_file.with_suffix(".json")
         size = sample.image.shape[1:]
-        if not picture_file.is_file() and self.line_width is None:
-            return Skip(f"{sample.name} has no label: {picture_file} does not exist")
-        if not picture_file.is_file() and not points_file.is_file():
-            return Skip(f"{sample.name} has no label: neither {picture_file} nor {points_file.name} exists")
+        if not image_file.is_file() and self.line_width is None:
+            return Skip(f"{sample.name} has no label: {image_file} does not exist")
+        if not image_file.is_file() and not points_file.is_file():
+            return Skip(f"{sample.name} has no label: neither {image_file} nor {points_file.name} exists")
         keypoints = torch.zeros(0, 18, 3)
         try:
             if points_file.is_file():
                 keypoints = crop_points(read_keypoints(points_file), sample.original, size[0])
         except (OSError, KeyError, TypeError, ValueError) as error:
             return Skip(f"{points_file}: expected {{'keypoints': people x 18 x [x, y, visible]}}: {error!r}")
-        if not picture_file.is_file():
+        if not image_file.is_file():
             drawing = draw_skeletons(keypoints[None], size, size, self.line_width)[0]
             return Label((drawing * 255).round().byte(), keypoints)
         try:
-            picture = open_picture(picture_file)
+            image = open_image(image_file)
         except UNREADABLE as error:
-            return Skip(f"{picture_file} cannot be read: {error}")
-        found = picture.height, picture.width
+            return Skip(f"{image_file} cannot be read: {error}")
+        found = image.height, image.width
         if found != sample.original:
-            return Skip(f"{picture_file}: expected the picture's size {sample.original}, found {found}")
-        return Label(crop_picture(picture, size[0]), keypoints)
+            return Skip(f"{image_file}: expected the image's size {sample.original}, found {found}")
+        return Label(crop_image(image, size[0]), keypoints)
 
 
 def read_keypoints(path: Path) -> Tensor:

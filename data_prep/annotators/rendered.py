@@ -12,10 +12,10 @@ from rg.points import draw_skeletons
 
 
 class ExactPose:
-    """Draws the OpenPose skeletons of generated pictures.
+    """Draws the OpenPose skeletons of generated images.
 
     Args:
-        line_width: thickness of a limb in pixels of the picture.
+        line_width: thickness of a limb in pixels of the image.
     """
 
     def __init__(self, *, line_width: float = 2.0) -> None:
@@ -29,12 +29,12 @@ class ExactPose:
 
 
 class ExactDepth:
-    """Inverse depth of generated pictures as grey, divided by the largest in the picture: white is its nearest point,
+    """Inverse depth of generated images as grey, divided by the largest in the image: white is its nearest point,
     black infinitely far.
 
     Where the sky is seen this is the usual scaling of MiDaS's inverse depth to its smallest and largest value; without
-    it black keeps its meaning here, so that ratios of grey levels are ratios of depths in every picture.
-    A picture of nothing but sky is skipped by name.
+    it black keeps its meaning here, so that ratios of grey levels are ratios of depths in every image.
+    An image of nothing but sky is skipped by name.
     """
 
     def annotate(self, samples: Sequence[SourceSample]) -> list[Label | Skip]:
@@ -49,7 +49,7 @@ class ExactDepth:
 
 
 class ExactEdges(LineAnnotator):
-    """Outlines of the parts of generated pictures and jumps in their depth; no pattern and no shadow is an edge."""
+    """Outlines of the parts of generated images and jumps in their depth; no pattern and no shadow is an edge."""
 
     def find(self, sample: SourceSample) -> Tensor:
         """Edges of one pixel's width: (H, W) bool."""
@@ -59,7 +59,7 @@ class ExactEdges(LineAnnotator):
 def _known(sample: SourceSample, name: str) -> Tensor:
     value = getattr(sample, name)
     if value is None:
-        raise ValueError(f"annotator: expected a source that renders its pictures, {sample.name} comes without {name}")
+        raise ValueError(f"annotator: expected a source that renders its images, {sample.name} comes without {name}")
     return value
 
 

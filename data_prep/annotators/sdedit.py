@@ -1,4 +1,4 @@
-"""Triplets: a picture, another one of the same things, and the first edited by the model itself."""
+"""Triplets: an image, another one of the same things, and the first edited by the model itself."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from torch import Tensor
 from data_prep.records import GroupLabel, Skip, SourceGroup
 from rg.backbone.diffusion import DiffusionBackbone
 
-# Always the same number of pictures are edited at once: the last bits depend on it.
+# Always the same number of images are edited at once: the last bits depend on it.
 BATCH = 10
 
 
 class SDEdit:
-    """Edits the first picture of each group (Meng et al., 2022): its layout stays, its appearance changes.
+    """Edits the first image of each group (Meng et al., 2022): its layout stays, its appearance changes.
 
-    The pictures of a label are the first, the last, the edited one, and the negatives that the source knows. An edit
-    depends on picture, prompt and settings alone.
+    The images of a label are the first, the last, the edited one, and the negatives that the source knows. An edit
+    depends on image, prompt and settings alone.
 
     Args:
         strength: share of the noise schedule that is gone back and through again, in (0, 1].
@@ -45,7 +45,7 @@ class SDEdit:
             self.pipe = AutoPipelineForImage2Image.from_pipe(backbone.pipeline)
         except ValueError as error:
             name = type(backbone.pipeline).__name__
-            raise ValueError(f"backbone: expected a model that can edit pictures, got a {name}: {error}") from error
+            raise ValueError(f"backbone: expected a model that can edit images, got a {name}: {error}") from error
         self.pipe.set_progress_bar_config(disable=True)
 
     def annotate(self, samples: Sequence[SourceGroup]) -> list[GroupLabel | Skip]:
@@ -61,7 +61,7 @@ class SDEdit:
         return labels
 
     def _edit(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Edits of up to BATCH uint8 pictures: (B, 3, H, W) uint8."""
+        """Edits of up to BATCH uint8 images: (B, 3, H, W) uint8."""
         missing = BATCH - len(images)
         padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
         names = (hashlib.sha256(f"{self.seed}/".encode() + image.numpy().tobytes()).digest()[:8] for image in padded)

@@ -28,12 +28,12 @@ class Tracker(Protocol):
 class LucasKanade:
     """Pyramidal Lucas-Kanade optical flow (Bouguet, 2000), frame by frame.
 
-    A point is lost, and stays so, once it leaves the picture, or once following it back by one frame misses where it
+    A point is lost, and stays so, once it leaves the image, or once following it back by one frame misses where it
     came from (Kalal et al., 2010).
 
     Args:
         window: side of the patch that is matched, in pixels.
-        levels: halvings of the picture.
+        levels: halvings of the image.
         max_error: largest distance between a point and where it comes back to, in pixels.
     """
 
@@ -71,7 +71,7 @@ class TrackerTracks:
 
     Args:
         tracker: a Tracker.
-        grid: points along each side of the picture, before those off the things are left out.
+        grid: points along each side of the image, before those off the things are left out.
         min_points: that must be visible in both frames of a pair, at least 1.
     """
 

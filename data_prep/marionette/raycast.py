@@ -1,7 +1,7 @@
 """An exact ray-caster for capsules, in the axes of a camera at the origin that looks along -z: x right, y up.
 
-A ray goes through (u, v, -1), u and v being picture coordinates over the focal length, so that the distance along a ray
-is the depth in front of the camera. Only pairs of a ray and a capsule whose box on the picture holds it are computed,
+A ray goes through (u, v, -1), u and v being image coordinates over the focal length, so that the distance along a ray
+is the depth in front of the camera. Only pairs of a ray and a capsule whose box on the image holds it are computed,
 all of them at once. The arithmetic is element-wise and the nearest hit is a minimum, so that a scene gets the same bits
 whatever shares its batch.
 """
@@ -91,7 +91,7 @@ def normals(point: Tensor, start: Tensor, end: Tensor, radius: Tensor) -> Tensor
 
 
 def box(center: Tensor, radius: Tensor, focal: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Left, right, bottom and top, in halves of the picture, of what holds the picture of a cube around a center.
+    """Left, right, bottom and top, in halves of the image, of what holds the image of a cube around a center.
 
     Args:
         center: (3, ...) in the camera's axes. radius: (...), half the cube's side; what is nearer than NEAR is cut off.
@@ -110,7 +110,7 @@ def fragments(left: Tensor, right: Tensor, bottom: Tensor, top: Tensor, side: in
     """Every pair of a box and a ray in it, of `side` x `side` rays per scene through cells' centres, row 0 on top.
 
     Args:
-        left, right, bottom, top: (B,N) in halves of the picture; an empty box has right < left.
+        left, right, bottom, top: (B,N) in halves of the image; an empty box has right < left.
 
     Returns:
         row-major indices of rays (M,) in 0..B*side*side-1 and of boxes (M,) in 0..B*N-1, ordered by box.
@@ -209,6 +209,6 @@ def place_cameras(scenes: Sequence[Scene], heads: Tensor) -> Views:
 
 
 def to_pixels(points: Tensor, resolution: int) -> Tensor:
-    """Points (3,...) in the camera's axes as (...,2) pixels (x, y) of a picture of side `resolution`."""
+    """Points (3,...) in the camera's axes as (...,2) pixels (x, y) of an image of side `resolution`."""
     u, v = FOCAL * points[0] / -points[2], FOCAL * points[1] / -points[2]
     return torch.stack([(u + 1) / 2 * resolution - 0.5, (1 - v) / 2 * resolution - 0.5], -1)

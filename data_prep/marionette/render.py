@@ -40,18 +40,18 @@ CHUNK_RAYS = 8 * 128 * 128  # rays computed at once: what stays in a core's cach
 
 @dataclass(frozen=True)
 class Stills:
-    """B square pictures of H = W = resolution pixels and their labels; P = 2 people at most.
+    """B square images of H = W = resolution pixels and their labels; P = 2 people at most.
 
     image: (B,3,H,W) uint8 RGB.
     keypoints: (B,P,18,3) float32 (x, y, visible) in pixels, ordered as rg.points.KEYPOINTS; an absent person is all 0.
-        A keypoint outside of the picture keeps its coordinates and is not visible.
+        A keypoint outside of the image keeps its coordinates and is not visible.
     depth: (B,H,W) float32 inverse depth, 1 / world units, averaged over the pixel's area: LARGER IS NEARER, the sky 0.
     instances: (B,H,W) uint8: 0 background, i the i-th person: whoever has the largest share of the pixel's area, on a
         tie the higher number.
     parts: (B,H,W) uint8 indices in LABELS, by the same rule.
     edges: (B,H,W) bool: of two neighbouring pixels of different parts or people, or with a jump in depth, the nearer.
-    identity: per picture and person, see scene.Person.
-    attributes: what can be read from the picture, see words.ATTRIBUTES.
+    identity: per image and person, see scene.Person.
+    attributes: what can be read from the image, see words.ATTRIBUTES.
     prompt: the captions. kind: keys of KINDS.
     """
 
@@ -141,12 +141,12 @@ def render(
     pairs: Pairs = "seen",
     device: str | torch.device = "cpu",
 ) -> Stills:
-    """Draws and renders one picture per seed; a seed gives the same bits in any batch.
+    """Draws and renders one image per seed; a seed gives the same bits in any batch.
 
     Args:
         seeds: B >= 1 tuples of non-negative integers below 2**32, all of one length (see `draw_scene`).
-        resolution: side of the pictures in pixels.
-        supersampling: rays per pixel along each axis; picture and depth are averages over the pixel's area.
+        resolution: side of the images in pixels.
+        supersampling: rays per pixel along each axis; image and depth are averages over the pixel's area.
         kinds: probabilities of the kinds of scene, keys of KINDS, 1 in sum.
         pairs: "seen" leaves out the pairs of colours in UNSEEN_PAIRS, "unseen" draws them alone.
         device: where rays are cast; the result is on the CPU, and the same on every device up to rounding.

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from data_prep.marionette.vocabulary import describe_person, describe_scene, read_person
 
-VERSION = 3  # of the world: another number means other pictures for the same seeds
+VERSION = 3  # of the world: another number means other images for the same seeds
 Range = tuple[float, float]
 Pairs = Literal["seen", "unseen"]
-FOCAL = 3.0  # focal length in halves of the picture's side: the picture sees 18 degrees to each side
-# How often each kind of scene is drawn, and how large its people are: picture halves per world unit at their place.
+FOCAL = 3.0  # focal length in halves of the image's side: the image sees 18 degrees to each side
+# How often each kind of scene is drawn, and how large its people are: image halves per world unit at their place.
 KINDS: dict[str, float] = {"one": 0.68, "two": 0.17, "portrait": 0.15}
 SCALES: dict[str, Range] = {"one": (0.85, 1.08), "two": (0.66, 0.88), "portrait": (2.5, 3.3)}
 MAX_PEOPLE = 2
@@ -138,7 +138,7 @@ class Scene:
 
     @property
     def attributes(self) -> dict[str, str]:
-        """What can be read from the picture: those of words.ATTRIBUTES that apply."""
+        """What can be read from the image: those of words.ATTRIBUTES that apply."""
         portrait = self.kind == "portrait"
         values = {"people": "two" if self.kind == "two" else "one", "portrait": "yes" if portrait else "no"}
         values |= {"sky": self.sky} | ({} if portrait else {"ground": self.ground})

@@ -96,7 +96,7 @@ def draw_scene(seed: tuple[int, ...], kinds: Mapping[str, float] = KINDS, pairs:
     rng = default_rng(SeedSequence(seed))
     kind = _choice(rng, kinds)
     scale, yaw = rng.uniform(*SCALES[kind]), rng.uniform(-math.pi, math.pi)
-    # The soles, or in a portrait the head, come to stand at about the same height of every picture.
+    # The soles, or in a portrait the head, come to stand at about the same height of every image.
     right, up = (rng.uniform(-0.15, 0.15), rng.uniform(-0.25, 0.05)) if kind == "portrait" else (
         rng.uniform(-0.3, 0.3) if kind == "one" else rng.uniform(-0.1, 0.1), rng.uniform(0.87, 0.93)
     )  # fmt: skip

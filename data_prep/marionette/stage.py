@@ -121,7 +121,7 @@ def first_depth(stage: Stage, points: Tensor, *, glasses: bool = False) -> tuple
 
 
 def visible(stage: Stage) -> Tensor:
-    """Which joints the camera would see in an endless picture: bool (B,P,18).
+    """Which joints the camera would see in an endless image: bool (B,P,18).
 
     On the ray through the joint itself, the front-most part must show the joint, or be a part of the same person that
     lies less than the joint's radius in front of it. Another person or a thing in front always hides it; glasses hide
@@ -134,7 +134,7 @@ def visible(stage: Stage) -> Tensor:
 
 
 def keypoints(stage: Stage, resolution: int) -> Tensor:
-    """The joints as (B,P,18,3) float32 (x, y, visible) in pixels of a picture of side `resolution`."""
+    """The joints as (B,P,18,3) float32 (x, y, visible) in pixels of an image of side `resolution`."""
     points = to_pixels(stage.joints, resolution)
     seen = visible(stage) & inside(points, (resolution, resolution)) & (stage.joints[2] < 0)
     return (torch.cat([points, seen[..., None]], -1) * stage.present[..., None, None]).float()

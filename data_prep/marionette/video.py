@@ -31,8 +31,8 @@ class Videos:
 
     stills: the B*T frames and their labels, video by video.
     tracks: (B,T,N,2) float32 (x, y) in pixels, N points on the surfaces of people followed through all frames, also
-        where they are hidden or outside of the picture.
-    visible: (B,T,N) bool, whether the point is the front-most surface at its place in the picture.
+        where they are hidden or outside of the image.
+    visible: (B,T,N) bool, whether the point is the front-most surface at its place in the image.
     instances: (B,N) uint8, whose surface: i for the i-th person.
     """
 
@@ -164,7 +164,7 @@ def render_videos(
         points: N >= 1 tracked points per video, drawn from the people's pixels in all frames.
 
     Raises:
-        ValueError: no seed, fewer than two frames or one point, or a video in which no person is ever in the picture.
+        ValueError: no seed, fewer than two frames or one point, or a video in which no person is ever in the image.
     """
     if not seeds or frames < 2 or points < 1:
         raise ValueError(f"expected at least 1 seed, 2 frames and 1 point, got {len(seeds)}, {frames} and {points}")
@@ -186,11 +186,11 @@ def film(
     """Renders given scenes, such as some of `draw_video`, as one video; `seed` draws the points that are followed.
 
     Raises:
-        ValueError: no person is in the picture in any of the scenes.
+        ValueError: no person is in the image in any of the scenes.
     """
     stills = render_scenes(scenes, resolution=resolution, supersampling=supersampling, device=device)
     if not stills.instances.any():
-        raise ValueError(f"no person is in the picture in any of {len(scenes)} frames of the video of seed {seed}")
+        raise ValueError(f"no person is in the image in any of {len(scenes)} frames of the video of seed {seed}")
     stage = set_stage(scenes)
     rng = default_rng(SeedSequence((VIDEO_STREAM + 1, *seed)))
     capsule, place = _surface_points(stage, stills.instances, points, rng)

@@ -1,4 +1,4 @@
-"""The words of the marionette world: vocabularies and their colours, prompts, and what can be read from a picture."""
+"""The words of the marionette world: vocabularies and their colours, prompts, and what can be read from an image."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ _PERSON: dict[str, tuple[str, ...]] = {
     "shirt": tuple(COLORS), "trousers": tuple(COLORS), "hat": ("none", *COLORS), "glasses": ("no", "yes"),
     "hair": tuple(HAIRS), "hair_length": LENGTHS,
 }  # fmt: skip
-# What can be read from a picture: every attribute and its values. In a scene of two people the plain names are the
+# What can be read from an image: every attribute and its values. In a scene of two people the plain names are the
 # left one's.
 ATTRIBUTES: dict[str, tuple[str, ...]] = (
     {"people": ("one", "two"), "portrait": ("no", "yes"), "sky": tuple(SKIES), "ground": tuple(GROUNDS)}

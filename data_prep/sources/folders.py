@@ -1,6 +1,6 @@
-"""Where pictures come from. A source gives square pictures by split and index; what it cannot read it skips by name.
+"""Where images come from. A source gives square images by split and index; what it cannot read it skips by name.
 
-A source has `resolution` (the side of its pictures), `describe(split)` (what decides its pictures beside its own
+A source has `resolution` (the side of its images), `describe(split)` (what decides its images beside its own
 arguments: the manifest keeps it), `count(split)` (None: endless) and `read(split, indices)`.
 """
 
@@ -16,10 +16,10 @@ from numpy.random import Generator, default_rng
 from PIL import Image
 from torch import Tensor
 
-from data_prep.cropping import ENDINGS, crop_box, crop_picture
+from data_prep.cropping import ENDINGS, crop_box, crop_image
 from data_prep.records import Skip, SourceGroup, SourceSample
 from rg.data.samples import SPLITS
-from rg.io.images import UNREADABLE, open_picture
+from rg.io.images import UNREADABLE, open_image
 
 
 def deal(names: Sequence[str], *, validation_share: float, test_share: float, seed: int) -> dict[str, list[str]]:
@@ -40,16 +40,16 @@ def deal(names: Sequence[str], *, validation_share: float, test_share: float, se
 
 
 class FolderSource:
-    """One's own pictures: every jpg, png or webp below a folder, sorted by name, cropped to their centre square.
+    """One's own images: every jpg, png or webp below a folder, sorted by name, cropped to their centre square.
 
-    A picture's split is decided by a seeded hash of its name, so that it stays where it is when others come or go.
+    An image's split is decided by a seeded hash of its name, so that it stays where it is when others come or go.
     Its prompt is the text of the .txt file of the same name beside it, if there is one.
 
     Args:
         path: the folder.
-        resolution: side of the pictures in pixels.
-        validation_share: of all pictures, in split "val".
-        test_share: of all pictures, in split "test"; the rest is "train".
+        resolution: side of the images in pixels.
+        validation_share: of all images, in split "val".
+        test_share: of all images, in split "test"; the rest is "train".
         seed: of the hash.
     """
 
@@ -58,7 +58,7 @@ class FolderSource:
     ) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise ValueError(f"expected a folder of pictures, found none at path={path}")
+            raise ValueError(f"expected a folder of images, found none at path={path}")
         self.resolution = resolution
         files = (file.relative_to(self.path) for file in self.path.rglob("*") if file.suffix.lower() in ENDINGS)
         names = sorted(file.as_posix() for file in files)
@@ -66,7 +66,7 @@ class FolderSource:
         self.files = {split: [Path(name) for name in dealt] for split, dealt in splits.items()}
 
     def describe(self, split: str) -> dict[str, Any]:
-        """The crop and the names: another set of pictures gives the indices another meaning."""
+        """The crop and the names: another set of images gives the indices another meaning."""
         names = "\n".join(file.as_posix() for file in self.files[split])
         return {"crop": "centre square", "file_names": hashlib.sha256(names.encode()).hexdigest()[:16]}
 
@@ -79,12 +79,12 @@ class FolderSource:
     def _read(self, file: Path) -> SourceSample | Skip:
         words = (self.path / file).with_suffix(".txt")
         try:
-            picture = open_picture(self.path / file)
+            opened = open_image(self.path / file)
             prompt = words.read_text(encoding="utf-8").strip() if words.is_file() else ""
         except UNREADABLE as error:
             return Skip(f"{file.as_posix()} cannot be read: {error}")
-        image = crop_picture(picture, self.resolution)
-        return SourceSample(image, prompt, "picture", file=file, original=(picture.height, picture.width))
+        image = crop_image(opened, self.resolution)
+        return SourceSample(image, prompt, "picture", file=file, original=(opened.height, opened.width))
 
 
 GAPS = (2, 23)  # frames between the two of a pair, at least and at most
@@ -101,11 +101,11 @@ class VideoFolderSource:
     """One's own videos, each a folder of frames whose names sort in order of time; pairs of frames of each.
 
     A video's split is decided by a seeded hash of its name, its prompt is the text of NAME.txt beside its folder, if
-    there is one. Frames are cropped to their centre square. Several pictures of one person per folder do as well.
+    there is one. Frames are cropped to their centre square. Several images of one person per folder do as well.
 
     Args:
         path: the folder of the videos.
-        resolution: side of the pictures in pixels.
+        resolution: side of the images in pixels.
         masks: folder of the same layout with NAME.png for a frame, 0 where there is no object; None: objects anywhere.
         pairs: per video.
         gaps: frames from the first to the last of a pair, at least and at most.
@@ -161,21 +161,21 @@ class VideoFolderSource:
         words = self.path / f"{video}.txt"
         try:
             step = 1 if self.clips else last - first
-            clip = [open_picture(frame) for frame in frames[first : last + 1 : step]]
+            clip = [open_image(frame) for frame in frames[first : last + 1 : step]]
             mask = None if self.masks is None else self._mask(frames[first])
             prompt = words.read_text(encoding="utf-8").strip() if words.is_file() else ""
         except UNREADABLE as error:
             return Skip(f"{video}: a frame or mask cannot be read: {error}")
-        sizes = sorted({picture.size for picture in clip})
+        sizes = sorted({image.size for image in clip})
         if len(sizes) > 1:
             return Skip(f"{video}: expected frames of one size, found {sizes}")
-        images = torch.stack([crop_picture(picture, self.resolution) for picture in clip])
+        images = torch.stack([crop_image(image, self.resolution) for image in clip])
         return SourceGroup(f"{video}, frames {first} and {last}", images, prompt, "video", mask=mask)
 
     def _mask(self, frame: Path) -> Tensor:
         file = (self.masks / frame.relative_to(self.path)).with_suffix(".png")
-        with Image.open(file) as picture:
-            objects = np.asarray(picture) != 0
+        with Image.open(file) as image:
+            objects = np.asarray(image) != 0
         objects = objects if objects.ndim == 2 else objects.any(-1)
         left, top, side = crop_box(objects.shape)
         square = objects[top : top + side, left : left + side].astype(np.uint8)

@@ -40,7 +40,7 @@ class MarionettePairs:
 
     Args:
         seed: of the world; the pair at an index depends on (seed, split, index) alone.
-        resolution: side of the pictures in pixels.
+        resolution: side of the images in pixels.
         kinds: probabilities of the kinds of scene, keys of data_prep.marionette.KINDS.
         points: how many are followed, on what is seen in one of the two frames at least.
         clips: give the frames between the two as well, which a tracker needs.
@@ -90,7 +90,7 @@ class MarionettePairs:
 
 LOOK_STREAM = 0x100C5  # keeps the draws of other scenes apart from that of the anchor
 FACE_STREAM = 0xFACE5  # keeps the draw of a face's frame apart from that of its scene
-# Of faces: picture halves per world unit, how far from the centre in picture halves, the turn against the camera in
+# Of faces: image halves per world unit, how far from the centre in image halves, the turn against the camera in
 # radians, and the share of all other angles of a pose that is left.
 FACE_SCALE, FACE_SHIFT, FACE_YAW, FACE_POSE = (4.0, 4.6), 0.08, 0.35, 0.3
 # What of a person can change without moving a surface.
@@ -100,12 +100,12 @@ COAT = ("shirt", "trousers", "skin", "hair", "eye", "shirt_pattern", "trousers_p
 class MarionetteLooks:
     """Endless rendered videos: a frame, another one, and the first in the same pose with another appearance.
 
-    An edit of the first is asked for the last picture's appearance: the captions of this world name every colour, and
+    An edit of the first is asked for the last image's appearance: the captions of this world name every colour, and
     an edit under its own would keep them.
 
     Args:
         seed: of the world; the group at an index depends on (seed, split, index) alone.
-        resolution: side of the pictures in pixels.
+        resolution: side of the images in pixels.
         kinds: probabilities of the kinds of scene, keys of data_prep.marionette.KINDS.
     """
 
@@ -131,9 +131,9 @@ class MarionetteLooks:
         scenes = self.scenes(seed)
         stills = render_scenes(scenes, resolution=self.resolution, supersampling=2)
         if not stills.instances.flatten(1).any(1).all():
-            return Skip(f"no person is in one of the pictures of seed {seed}")
+            return Skip(f"no person is in one of the images of seed {seed}")
         return SourceGroup(
-            name=f"pictures of seed {seed}",
+            name=f"images of seed {seed}",
             images=stills.image[:2],
             prompt=stills.prompt[0],
             kind=stills.kind[0],
@@ -148,7 +148,7 @@ class MarionetteFaces(MarionetteLooks):
     """Endless faces: a person, the same one in another place, turn and light, a look-alike, and a stranger.
 
     A look-alike is dressed, coloured and named in the same words; build and eyes are another's. A stranger shares
-    nothing but by chance. No person is in two groups. Faces fill most of a picture and look towards the camera, as in
+    nothing but by chance. No person is in two groups. Faces fill most of an image and look towards the camera, as in
     the tightly cropped ones of Luo et al. (2024): their readouts are compared place by place.
     """
 
@@ -190,11 +190,11 @@ def _with(scene: Scene, person: Person) -> Scene:
 
 
 class MarionetteSource:
-    """Endless renders of jointed people; the picture at an index depends on (seed, split, index) alone.
+    """Endless renders of jointed people; the image at an index depends on (seed, split, index) alone.
 
     Args:
         seed: of the world.
-        resolution: side of the pictures in pixels.
+        resolution: side of the images in pixels.
         kinds: probabilities of the kinds of scene, keys of data_prep.marionette.KINDS.
     """
 

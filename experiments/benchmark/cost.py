@@ -4,7 +4,7 @@ Operations are counted on models without weights, two per multiply-add of matrix
 The time is an estimate from them, no better than `hardware.gflops` fits such layers: normalisation and memory traffic
 are in no count, and weigh most in small models. `check=true` prints it beside a measured run of the embedded model.
 Memory is weights, optimizer, data, and what is kept for the backward pass (less with checkpointing); the working memory
-of kernels and libraries comes on top. Disk is an upper bound: pictures are taken as uncompressed.
+of kernels and libraries comes on top. Disk is an upper bound: images are taken as uncompressed.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ def counted(cfg: DictConfig) -> Counted:
 
 
 def guided_flop(model: Counted, guidance: ReadoutGuidance, shared: bool) -> tuple[int, int]:
-    """FLOP per picture of a guided step, and rows that are differentiated (see rg/guidance/step.py).
+    """FLOP per image of a guided step, and rows that are differentiated (see rg/guidance/step.py).
 
     Args:
         shared: the pipeline's unconditional half holds the head's own condition.
@@ -58,7 +58,7 @@ def weights_bytes(model: Counted) -> int:
 
 
 def sampling_cost(cfg: DictConfig, model: Counted, guidance: ReadoutGuidance) -> dict[str, float]:
-    """Of one batch of `cfg.images` pictures: FLOP, FLOP of a guided step, bytes of memory and disk."""
+    """Of one batch of `cfg.images` images: FLOP, FLOP of a guided step, bytes of memory and disk."""
     total, images = cfg.sampling.num_inference_steps, cfg.images
     guided = sum(guidance.start * total <= step < guidance.stop * total for step in range(total))
     # SDXL's pipelines take zeros for an absent negative prompt, and heads read under the empty one.
@@ -71,27 +71,27 @@ def sampling_cost(cfg: DictConfig, model: Counted, guidance: ReadoutGuidance) ->
         "flop_per_step": images * step,
         "memory": weights_bytes(model) + kept,
         "kept": kept,
-        "disk": images * 3 * model.picture**2,
+        "disk": images * 3 * model.image**2,
     }
 
 
 def training_cost(cfg: DictConfig, model: Counted) -> dict[str, float]:
     """Of the whole training with its validations, and of making the data: FLOP, FLOP of a step, bytes."""
-    steps, batch, pictures = cfg.trainer.max_steps, cfg.data.batch_size, (cfg.data.size or 0, cfg.data.val_size or 0)
+    steps, batch, images = cfg.trainer.max_steps, cfg.data.batch_size, (cfg.data.size or 0, cfg.data.val_size or 0)
     read = model.unet.forward + model.head.forward
     validations = steps // (cfg.trainer.check_val_every_n_epoch * cfg.data.epoch_batches)
-    held_out = validations * pictures[1] * len(cfg.head.val_timesteps) * read
+    held_out = validations * images[1] * len(cfg.head.val_timesteps) * read
     channels, height, width = model.latent
-    sample = 2 * 3 * model.picture**2 + 2 * 2 * channels * height * width
+    sample = 2 * 3 * model.image**2 + 2 * 2 * channels * height * width
     features = sum(4 * c * h * w for c, h, w in model.features)
     kept = batch * (model.head.kept + features)
     return {
-        "flop": steps * batch * (read + model.train) + held_out + sum(pictures) * model.encode,
+        "flop": steps * batch * (read + model.train) + held_out + sum(images) * model.encode,
         "flop_per_step": batch * (read + model.train),
         # Gradients and AdamW's two moments of the head.
-        "memory": weights_bytes(model) + 12 * model.head.parameters + kept + sum(pictures) * sample,
+        "memory": weights_bytes(model) + 12 * model.head.parameters + kept + sum(images) * sample,
         "kept": kept,
-        "disk": sum(pictures) * (sample + 4096) + (12 + 4) * model.head.parameters,
+        "disk": sum(images) * (sample + 4096) + (12 + 4) * model.head.parameters,
     }
 
 

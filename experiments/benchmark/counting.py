@@ -116,10 +116,10 @@ def count_pass(module: nn.Module, run: Callable[[], list[Tensor]], inputs: Seque
 
 @dataclass(frozen=True)
 class Counted:
-    """A world's parts: one row of U-Net and head, one picture of the autoencoder (FLOP).
+    """A world's parts: one row of U-Net and head, one image of the autoencoder (FLOP).
 
     train: FLOP of the head's backward pass to its weights. features: (C, h, w) of every tap. latent: (C, h, w).
-    picture: its side in pixels. itemsize: bytes of a number in U-Net and text encoders; the rest is float32.
+    image: its side in pixels. itemsize: bytes of a number in U-Net and text encoders; the rest is float32.
     """
 
     unet: Pass
@@ -131,7 +131,7 @@ class Counted:
     text_parameters: int
     features: list[tuple[int, ...]]
     latent: tuple[int, int, int]
-    picture: int
+    image: int
     itemsize: int
 
 
@@ -158,10 +158,10 @@ def count(model: str, dtype: torch.dtype, make_head: Callable[..., ReadoutHead])
             unet = make_unet(model).eval().requires_grad_(False)
         side, channels = unet.config.sample_size, unet.config.in_channels
         vae = make_autoencoder(model)
-        picture = side * 2 ** (len(vae.config.block_out_channels) - 1)
+        image = side * 2 ** (len(vae.config.block_out_channels) - 1)
         x = torch.randn(1, channels, side, side, dtype=dtype, requires_grad=True)
         pooled = torch.randn(1, 1280) if unet.config.addition_embed_type else None
-        inputs = Condition(torch.randn(1, TOKENS, condition_dim(unet)), pooled).inputs(1, (picture, picture), x)
+        inputs = Condition(torch.randn(1, TOKENS, condition_dim(unet)), pooled).inputs(1, (image, image), x)
         features: list[Tensor] = []
 
         def run() -> list[Tensor]:
@@ -170,7 +170,7 @@ def count(model: str, dtype: torch.dtype, make_head: Callable[..., ReadoutHead])
 
         unet_pass = count_pass(unet, run, [x])
         with torch.no_grad(), flop_counter() as encode:
-            vae.encode(torch.randn(1, 3, picture, picture))
+            vae.encode(torch.randn(1, 3, image, image))
         with torch.no_grad(), flop_counter() as decode:
             vae.decode(torch.randn(1, channels, side, side))
     shapes = [tuple(feature.shape[1:]) for feature in features]
@@ -187,7 +187,7 @@ def count(model: str, dtype: torch.dtype, make_head: Callable[..., ReadoutHead])
         text_parameters=TEXT_PARAMETERS[model],
         features=shapes,
         latent=(channels, side, side),
-        picture=picture,
+        image=image,
         itemsize=dtype.itemsize,
     )
 

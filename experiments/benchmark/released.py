@@ -1,8 +1,8 @@
 """The authors' schedule of calls with our heads and taps, to be measured against.
 
-The reference picture is a row of every batch beside the edited one, both branches are read and differentiated through a
+The reference image is a row of every batch beside the edited one, both branches are read and differentiated through a
 checkpoint around the whole U-Net, x_t moves by one Adam step, and all rows are predicted again: 12 forwards and 4
-backwards per guided step and edited picture. Their head runs after the upsampling, on maps that are all resized and
+backwards per guided step and edited image. Their head runs after the upsampling, on maps that are all resized and
 kept; ours does not, so that this costs less than theirs.
 """
 
@@ -18,7 +18,7 @@ from rg.backbone.features import predict
 from rg.guidance.energy import head_time
 from rg.heads.base import ReadoutHead
 
-# Energy (B,) of the edited pictures' readouts, given those of the references.
+# Energy (B,) of the edited images' readouts, given those of the references.
 Compare = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -36,7 +36,7 @@ def both_branches(pipe: Any, prompt: str, x: Tensor) -> dict[str, Any]:
 def released_gradient(
     pipe: Any, x: Tensor, timestep: Tensor, inputs: dict[str, Any], head: ReadoutHead, compare: Compare
 ) -> Tensor:
-    """Gradient of the energy of both branches at x (2n, C, h, w), n references and n edited pictures, in float32."""
+    """Gradient of the energy of both branches at x (2n, C, h, w), n references and n edited images, in float32."""
     images = len(x) // 2
 
     def features_of(x: Tensor) -> tuple[Tensor, ...]:
@@ -71,7 +71,7 @@ def sample_as_released(
     guidance_scale: float,
     learning_rate: float = 2e-2,
 ) -> Tensor:
-    """DDIM (eta 0) from latents (2n, C, h, w), n references and n edited pictures, every step guided: final latents.
+    """DDIM (eta 0) from latents (2n, C, h, w), n references and n edited images, every step guided: final latents.
 
     The U-Net's parameters must be frozen.
     """

@@ -92,7 +92,7 @@ def peak_memory(settings: Settings, run: Run) -> float:
 
 
 def times_and_counts(bench: Bench, repeats: int, bar: tqdm) -> tuple[dict[Run, float], dict[Run, dict[str, float]]]:
-    """Median seconds per step of one batch, the runs in turn, and what is counted per step and picture."""
+    """Median seconds per step of one batch, the runs in turn, and what is counted per step and image."""
     steps, share = bench.settings.steps, bench.settings.steps * bench.settings.images
     seconds: dict[Run, list[float]] = {run: [] for run in runs_of()}
     counts: dict[Run, dict[str, float]] = {}
@@ -114,7 +114,7 @@ def times_and_counts(bench: Bench, repeats: int, bar: tqdm) -> tuple[dict[Run, f
 def task_results(
     task: str, seconds: dict[Run, float], counts: dict[Run, dict[str, float]], peaks: dict[Run, float]
 ) -> dict[str, Any]:
-    """A task's figures. A drag's speed-up and operations count the reference's run with every picture."""
+    """A task's figures. A drag's speed-up and operations count the reference's run with every image."""
 
     def of_task(values: dict[Run, Any]) -> dict[str, Any]:
         return {mode: value for (owner, mode), value in values.items() if owner in ("", task)}

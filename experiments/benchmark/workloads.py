@@ -37,7 +37,7 @@ PROMPT, TEXT_GUIDANCE = "a person", 7.5
 
 @dataclass(frozen=True)
 class Settings:
-    """One model to be measured: the size of its latents, pictures per batch, steps per run."""
+    """One model to be measured: the size of its latents, images per batch, steps per run."""
 
     model: str
     latent_side: int
@@ -196,7 +196,7 @@ def per_call(call: Callable[[int], Any], count: int, device: torch.device) -> fl
 
 
 def training_speed(bench: Bench, *, batch_size: int, steps: int) -> dict[str, float]:
-    """Samples per second of the whole training step: "cached" latents, and "encoding" the pictures every time."""
+    """Samples per second of the whole training step: "cached" latents, and "encoding" the images every time."""
     backbone, head = bench.backbone, bench.new_head().train().requires_grad_(True)
     head.attach_backbone(backbone)
     size, shape = backbone.resolution, (batch_size, backbone.latent_channels, *backbone.latent_size)

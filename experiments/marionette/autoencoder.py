@@ -1,4 +1,4 @@
-"""The autoencoder of the embedded model: 64 x 64 pictures to 16 x 16 latents whose spread is learnt too."""
+"""The autoencoder of the embedded model: 64 x 64 images to 16 x 16 latents whose spread is learnt too."""
 
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from experiments.marionette.record import Outcome, is_done, save, write_note
-from experiments.marionette.renders import Pictures
+from experiments.marionette.renders import Renders
 from experiments.marionette.trainer import Trainer, mixed_precision
 from rg.io.images import from_bytes, to_bytes
 
@@ -21,7 +21,7 @@ PREVIEWED = 12
 
 
 def make_autoencoder(widths: list[int], resolution: int, seed: int) -> AutoencoderKL:
-    """Random weights of a seed; latents have 4 channels and are 2 ** (len(widths) - 1) times smaller than pictures."""
+    """Random weights of a seed; latents have 4 channels and are 2 ** (len(widths) - 1) times smaller than images."""
     torch.manual_seed(seed)
     levels = len(widths)
     vae = AutoencoderKL(
@@ -51,34 +51,34 @@ def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
     return F.mse_loss(decoded, images) + F.l1_loss(decoded, images) + 0.5 * edges
 
 
-def loss_of(vae: AutoencoderKL, generator: Generator, *, pictures: Tensor, batch_size: int, kl_weight: float) -> Tensor:
+def loss_of(vae: AutoencoderKL, generator: Generator, *, images: Tensor, batch_size: int, kl_weight: float) -> Tensor:
     """Negative evidence lower bound of a drawn batch, up to constants (Kingma and Welling, 2014, eq. 7).
 
     The divergence from N(0, 1) is a mean over latent elements; its log-variance part sets the spread.
     """
-    rows = torch.randint(len(pictures), (batch_size,), generator=generator, device=generator.device)
-    images = from_bytes(pictures[rows])
+    rows = torch.randint(len(images), (batch_size,), generator=generator, device=generator.device)
+    batch = from_bytes(images[rows])
     with mixed_precision(images.device):
-        moments = vae.quant_conv(vae.encoder(images))
+        moments = vae.quant_conv(vae.encoder(batch))
     mean, log_variance = moments.float().chunk(2, 1)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
     with mixed_precision(images.device):
         decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return reconstruction_loss(decoded.float(), images) + kl_weight * divergence
+    return reconstruction_loss(decoded.float(), batch) + kl_weight * divergence
 
 
 @torch.no_grad()
-def preview(vae: AutoencoderKL, path: Path, *, pictures: Tensor) -> None:
-    """Writes pictures (N, 3, H, W) uint8 above what the means of their latents decode to."""
-    mean, _ = encode(vae, pictures)
-    write_grid(path, pictures, to_bytes(vae.decode(mean.to(vae.device)).sample))
+def preview(vae: AutoencoderKL, path: Path, *, images: Tensor) -> None:
+    """Writes images (N, 3, H, W) uint8 above what the means of their latents decode to."""
+    mean, _ = encode(vae, images)
+    write_grid(path, images, to_bytes(vae.decode(mean.to(vae.device)).sample))
 
 
-def finish(vae: AutoencoderKL, pictures: Tensor, held_out: Tensor, folder: Path) -> dict[str, float]:
-    """Writes folder/model, of weights that half precision can hold, and the pictures' latents; returns its quality."""
+def finish(vae: AutoencoderKL, images: Tensor, held_out: Tensor, folder: Path) -> dict[str, float]:
+    """Writes folder/model, of weights that half precision can hold, and the images' latents; returns its quality."""
     vae = vae.half().float()
-    mean, spread = encode(vae, pictures)
+    mean, spread = encode(vae, images)
     scale = 1 / (mean + spread * torch.randn(mean.shape, generator=Generator().manual_seed(0))).std().item()
     vae.register_to_config(scaling_factor=scale)
     vae.save_pretrained(folder / "model")
@@ -87,22 +87,22 @@ def finish(vae: AutoencoderKL, pictures: Tensor, held_out: Tensor, folder: Path)
 
 
 def train_autoencoder(
-    pictures: Pictures, held_out: Tensor, settings: dict[str, Any], folder: Path, deadline: float
+    renders: Renders, held_out: Tensor, settings: dict[str, Any], folder: Path, deadline: float
 ) -> Outcome:
-    """Trains on pictures, with (N, 3, H, W) uint8 held out; if that is not done yet, the same call continues.
+    """Trains on renders, with (N, 3, H, W) uint8 held out; if that is not done yet, the same call continues.
 
-    In the end folder holds model/ (see `finish`), latents.pt (mean and spread of pictures, scaled) and quality.json.
+    In the end folder holds model/ (see `finish`), latents.pt (mean and spread of renders, scaled) and quality.json.
     """
-    identity = settings | {"pictures": pictures.name}
+    identity = settings | {"pictures": renders.name}
     done = folder / "quality.json"
     if is_done(done, identity):
         return "done before"
     done.unlink(missing_ok=True)
-    network = make_autoencoder(settings["widths"], pictures.image.shape[-1], settings["seed"]).to(settings["device"])
-    images = pictures.image.to(network.device)
-    loss = partial(loss_of, pictures=images, batch_size=settings["batch_size"], kl_weight=settings["kl_weight"])
+    network = make_autoencoder(settings["widths"], renders.image.shape[-1], settings["seed"]).to(settings["device"])
+    images = renders.image.to(network.device)
+    loss = partial(loss_of, renders=images, batch_size=settings["batch_size"], kl_weight=settings["kl_weight"])
     trainer = Trainer(network, loss, identity, folder)
-    if not trainer.run(deadline, partial(preview, pictures=held_out[:PREVIEWED])):
+    if not trainer.run(deadline, partial(preview, renders=held_out[:PREVIEWED])):
         return "not done yet"
     found = finish(trainer.average, images, held_out, folder)
     trainer.watch.note()
@@ -115,11 +115,11 @@ CHUNK = 100
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and spread of the unscaled latents of pictures (N, 3, H, W) uint8, on the CPU."""
+def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and spread of the unscaled latents of images (N, 3, H, W) uint8, on the CPU."""
     parts = []
-    with tqdm(desc="encoding", total=len(pictures), disable=len(pictures) <= CHUNK) as progress:
-        for chunk in pictures.split(CHUNK):
+    with tqdm(desc="encoding", total=len(images), disable=len(images) <= CHUNK) as progress:
+        for chunk in images.split(CHUNK):
             posterior = vae.encode(from_bytes(chunk.to(vae.device))).latent_dist
             parts.append((posterior.mean.cpu(), posterior.std.cpu()))
             progress.update(len(chunk))
@@ -128,17 +128,17 @@ def encode(vae: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def psnr(decoded: Tensor, images: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], averaged over pictures."""
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], averaged over images."""
     error = (decoded.clamp(-1, 1) - images).square().mean((1, 2, 3))
     return (10 * torch.log10(4 / error)).mean().item()
 
 
 @torch.no_grad()
-def quality(vae: AutoencoderKL, pictures: Tensor) -> dict[str, float]:
-    """PSNR on pictures (N, 3, H, W) uint8 of what the mean decodes to, and of what a latent drawn around it does."""
+def quality(vae: AutoencoderKL, originals: Tensor) -> dict[str, float]:
+    """PSNR on originals (N, 3, H, W) uint8 of what the mean decodes to, and of what a latent drawn around it does."""
     generator = Generator().manual_seed(0)
     columns: dict[str, list[Tensor]] = {"images": [], "mean": [], "sampled": []}
-    for chunk in pictures.split(CHUNK):
+    for chunk in originals.split(CHUNK):
         mean, spread = encode(vae, chunk)
         sampled = mean + spread * torch.randn(mean.shape, generator=generator)
         columns["images"].append(from_bytes(chunk))
@@ -149,7 +149,7 @@ def quality(vae: AutoencoderKL, pictures: Tensor) -> dict[str, float]:
 
 
 def write_grid(path: Path, *rows: Tensor) -> None:
-    """Writes rows of pictures (N, 3, H, W) uint8, one under the other, twice as large."""
+    """Writes rows of images (N, 3, H, W) uint8, one under the other, twice as large."""
     grid = torch.cat([torch.cat(list(row), 2) for row in rows], 1).permute(1, 2, 0).flip(-1).cpu().numpy()
     larger = cv2.resize(grid, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     path.write_bytes(cv2.imencode(".png", larger)[1].tobytes())

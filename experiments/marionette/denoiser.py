@@ -121,7 +121,7 @@ def make_pipeline(denoiser: Denoiser, tokenizer: CLIPTokenizer, autoencoder: Pat
 
 
 def preview(denoiser: Denoiser, path: Path, *, tokenizer: CLIPTokenizer, autoencoder: Path, prompts: list[str]) -> None:
-    """Writes two rows of pictures of the prompts, from noise that is the same at every call."""
+    """Writes two rows of images of the prompts, from noise that is the same at every call."""
     pipeline = make_pipeline(denoiser, tokenizer, autoencoder)
     generators = [Generator().manual_seed(index) for index in range(len(prompts))]
     made = pipeline(

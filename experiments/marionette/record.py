@@ -60,7 +60,7 @@ def stage_record(folder: Path, note: str) -> dict[str, Any]:
 
 def write_record(folder: Path, command: str) -> None:
     """Writes folder/record.json: the command, the seconds of rendering, and a `stage_record` of each stage so far."""
-    rendering = sum(read_seconds(pictures) for pictures in (folder / "pictures").glob("*"))
+    rendering = sum(read_seconds(images) for images in (folder / "pictures").glob("*"))
     stages = {"pictures": {"seconds": rendering} if rendering else {}}
     stages |= {stage: stage_record(folder / stage, note) for stage, note in NOTES.items()}
     write_text(folder / "record.json", {"command": command, **{name: found for name, found in stages.items() if found}})

@@ -1,4 +1,4 @@
-"""The pictures and prompts that the embedded model learns from, rendered once and kept on disk."""
+"""The images and prompts that the embedded model learns from, rendered once and kept on disk."""
 
 import hashlib
 import json
@@ -17,13 +17,13 @@ from data_prep.marionette.render import render
 from experiments.marionette.record import Stopwatch
 
 SPLITS = {"train": 0, "held_out": 1}
-FILE_PICTURES = 1000  # pictures in a file, the piece of work that an interruption can cost
+FILE_RENDERS = 1000  # images in a file, the piece of work that an interruption can cost
 CHUNK = 50
 Job = tuple[Path, int, int, int, int]  # of `write_file`
 
 
-class Pictures(NamedTuple):
-    """N pictures: image (N, 3, H, W) uint8, their prompts, and a name that tells them from all others."""
+class Renders(NamedTuple):
+    """N images: image (N, 3, H, W) uint8, their prompts, and a name that tells them from all others."""
 
     image: Tensor
     prompt: list[str]
@@ -31,13 +31,13 @@ class Pictures(NamedTuple):
 
 
 def world_id(seed: int) -> str:
-    """Eight hexadecimal digits that change when the renderer draws other pictures."""
+    """Eight hexadecimal digits that change when the renderer draws other images."""
     stills = render([(seed, 0, index) for index in range(8)])
     return hashlib.sha256(stills.image.numpy().tobytes() + " ".join(stills.prompt).encode()).hexdigest()[:8]
 
 
 def write_file(path: Path, seed: int, split: int, start: int, stop: int) -> None:
-    """Renders pictures start..stop of a split into path (.npy), their prompts beside it (.json), each file whole."""
+    """Renders images start..stop of a split into path (.npy), their prompts beside it (.json), each file whole."""
     parts = [
         render([(seed, split, index) for index in range(first, min(first + CHUNK, stop))])
         for first in range(start, stop, CHUNK)
@@ -66,8 +66,8 @@ def _render_all(jobs: list[Job], workers: int) -> Iterator[Job]:
             yield running[done]
 
 
-def load_pictures(folder: Path, *, seed: int, split: str, count: int, workers: int) -> Pictures:
-    """The first `count` pictures of a split, in the order of their indices; files that are missing are rendered first.
+def load_renders(folder: Path, *, seed: int, split: str, count: int, workers: int) -> Renders:
+    """The first `count` images of a split, in the order of their indices; files that are missing are rendered first.
 
     Args:
         folder: where the files are kept; other seeds and other versions of the world get files of their own.
@@ -77,7 +77,7 @@ def load_pictures(folder: Path, *, seed: int, split: str, count: int, workers: i
     name = f"{world_id(seed)}-{seed}-{split}"
     folder = folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    bounds = [(start, min(start + FILE_PICTURES, count)) for start in range(0, count, FILE_PICTURES)]
+    bounds = [(start, min(start + FILE_RENDERS, count)) for start in range(0, count, FILE_RENDERS)]
     files = [folder / f"{start}-{stop}.npy" for start, stop in bounds]
     jobs = [
         (file, seed, SPLITS[split], *bound) for file, bound in zip(files, bounds, strict=True) if not file.is_file()
@@ -90,4 +90,4 @@ def load_pictures(folder: Path, *, seed: int, split: str, count: int, workers: i
                 progress.update(stop - start)
     images = np.concatenate([np.load(file) for file in files])
     prompts = [prompt for file in files for prompt in json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))]
-    return Pictures(torch.from_numpy(images), prompts, f"{name}-{count}")
+    return Renders(torch.from_numpy(images), prompts, f"{name}-{count}")

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.marionette.autoencoder import train_autoencoder
 from experiments.marionette.denoiser import train_denoiser
 from experiments.marionette.record import NOTES, Outcome, fingerprint, is_done, read_settings, write_note, write_record
-from experiments.marionette.renders import Pictures, load_pictures, world_id
+from experiments.marionette.renders import Renders, load_renders, world_id
 from rg.cli import CONF, clear_errors, quiet_libraries
 from rg.models import locate
 
@@ -32,10 +32,10 @@ COMMANDS = {
 }
 
 
-def load(settings: dict[str, Any], split: str) -> Pictures:
-    """The rendered pictures of a split."""
+def load(settings: dict[str, Any], split: str) -> Renders:
+    """The rendered images of a split."""
     chosen = settings["pictures"]
-    return load_pictures(
+    return load_renders(
         Path(settings["folder"]) / "pictures",
         seed=settings["seed"],
         split=split,
@@ -46,23 +46,23 @@ def load(settings: dict[str, Any], split: str) -> Pictures:
 
 def run_autoencoder(settings: dict[str, Any], deadline: float) -> Outcome:
     """The first stage."""
-    pictures, held_out = load(settings, "train"), load(settings, "held_out")
+    images, held_out = load(settings, "train"), load(settings, "held_out")
     folder = Path(settings["folder"]) / "autoencoder"
-    return train_autoencoder(pictures, held_out.image, settings["autoencoder"], folder, deadline)
+    return train_autoencoder(images, held_out.image, settings["autoencoder"], folder, deadline)
 
 
 def run_unet(settings: dict[str, Any], deadline: float) -> Outcome:
     """The second stage and the shipped pipeline.
 
     Raises:
-        ValueError: the autoencoder is not done, or its latents are those of other pictures.
+        ValueError: the autoencoder is not done, or its latents are those of other images.
     """
     folder, output = Path(settings["folder"]), Path(settings["export"]) / "marionette"
-    pictures = load(settings, "train")
+    images = load(settings, "train")
     encoded = (read_settings(folder / "autoencoder" / NOTES["autoencoder"]) or {}).get("pictures")
-    if encoded != pictures.name:
-        raise ValueError(f"expected latents of pictures {pictures.name}, got {encoded}: run stage=autoencoder first")
-    outcome = train_denoiser(pictures.prompt, folder / "autoencoder", settings["denoiser"], folder / "unet", deadline)
+    if encoded != images.name:
+        raise ValueError(f"expected latents of images {images.name}, got {encoded}: run stage=autoencoder first")
+    outcome = train_denoiser(images.prompt, folder / "autoencoder", settings["denoiser"], folder / "unet", deadline)
     if outcome != "not done yet":
         print(f"{output}: {export(folder / 'unet' / 'model', output) / 1e6:.1f} MB")
     return outcome

@@ -37,7 +37,7 @@ class Trainer:
         loss: of one step; all chance comes from its generator.
         settings: steps, learning_rate, warm_up (steps), decay (share of the steps), weight_decay, ema (largest
             decay of the average), seed, and whatever else decides the run.
-        folder: gets checkpoint.pt, losses.csv, seconds.txt and pictures; a checkpoint in it is taken up.
+        folder: gets checkpoint.pt, losses.csv, seconds.txt and images; a checkpoint in it is taken up.
 
     Raises:
         ValueError: the checkpoint was made with other settings.
@@ -123,7 +123,7 @@ class Trainer:
         One step at least is taken: repeated calls get there, however early their deadlines.
 
         Args:
-            preview: writes a picture of what the average can do to a path, now and then and after the last step.
+            preview: writes an image of what the average can do to a path, now and then and after the last step.
         """
         saved = shown = time.monotonic()
         steps = self.settings["steps"]

@@ -1,4 +1,4 @@
-"""How well heads read held-out pictures, beside a baseline: python -m experiments.quality.heads pose_8k5 depth edge
+"""How well heads read held-out images, beside a baseline: python -m experiments.quality.heads pose_8k5 depth edge
 
 Each name is an experiment whose head ships, or NAME=FOLDER for the head in a folder. Their data's split "test" is made
 where it is missing; nothing else uses it. What is found joins experiments/results/readouts.json and is printed.

@@ -36,15 +36,15 @@ class Controls:
         self.samples = read_shards(Path(self.cfg.data.root) / self.cfg.split, images)
 
     def poses(self, head: Any, keypoints: Tensor | None) -> Tensor:
-        """Detected poses (B, 18, 2) of pictures guided towards keypoints (B, 1, 18, 3); None samples plainly."""
+        """Detected poses (B, 18, 2) of images guided towards keypoints (B, 1, 18, 3); None samples plainly."""
         guidance = None
         if keypoints is not None:
             guidance = instantiate(self.cfg.guidance)(terms=[GuidanceTerm(head, FixedTarget(keypoints))])
         count = len(self.samples)
         prompts = self.samples.prompt[count // 2 :] + self.samples.prompt[: count // 2]
         arguments = {"seeds": range(count), **self.cfg.sampling}
-        pictures = generate(self.backbone.pipeline, prompts, guidance=guidance, **arguments)
-        return self.detector.detect(pictures).points[:, 0]
+        images = generate(self.backbone.pipeline, prompts, guidance=guidance, **arguments)
+        return self.detector.detect(images).points[:, 0]
 
     def random_head(self, alpha: float = 0.1) -> dict[str, Any]:
         """Gain in PCK@alpha by a head of the same shape that was never trained."""

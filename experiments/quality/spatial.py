@@ -1,4 +1,4 @@
-"""What a spatial head reads on held-out pictures, beside the best that can be said without looking at them."""
+"""What a spatial head reads on held-out images, beside the best that can be said without looking at them."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ LOWER_IS_BETTER = ("si_log",)
 
 
 def guesses(truth: tuple[Tensor, ...]) -> list[Tensor]:
-    """Readouts that are the same for every picture, as a score takes them.
+    """Readouts that are the same for every image, as a score takes them.
 
     Args:
         truth: maps (N, H, W); or keypoints (N, K, 2) and which are visible (N, K).

@@ -74,7 +74,7 @@ def encode_condition(pipe: Any, prompt: str, device: torch.device | None = None)
 def replaced(held: dict[str, Any], own: dict[str, Any]) -> dict[str, Any] | None:
     """A denoiser's arguments `held` under the condition `own` instead; None where they say the same already.
 
-    Other entries, such as picture embeddings, are kept; so are time ids of another form than the head's (the SDXL
+    Other entries, such as image embeddings, are kept; so are time ids of another form than the head's (the SDXL
     refiner's aesthetic score).
     """
     text, added = own["encoder_hidden_states"], dict(own.get("added_cond_kwargs", {}))

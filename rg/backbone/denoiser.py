@@ -133,7 +133,7 @@ def check_pipeline(pipe: Any) -> None:
         raise ValueError(f"pipeline: expected at most two branches of classifier-free guidance, {name} has three")
     branches = hasattr(type(pipe), SAYS) or is_transformer(denoiser)
     if not branches or not hasattr(pipe, "encode_prompt"):
-        raise ValueError(f"pipeline: expected one that makes pictures from text, got a {name}")
+        raise ValueError(f"pipeline: expected one that makes images from text, got a {name}")
     moving = {MOVING[hook] for part in denoiser.modules() for hook in _hook_names(part) if hook in MOVING}
     if moving:
         raise ValueError(

@@ -104,8 +104,8 @@ class DiffusionBackbone:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents, clamped to [-1, 1], in float32; raises FloatingPointError where the VAE overflows."""
-        pictures = self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor).sample
-        return self._finite(pictures).clamp(-1, 1)
+        images = self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor).sample
+        return self._finite(images).clamp(-1, 1)
 
     def _finite(self, values: Tensor) -> Tensor:
         if not values.isfinite().all():

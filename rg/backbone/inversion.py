@@ -1,4 +1,4 @@
-"""DDIM inversion (Song et al., 2021, section 4.3; Dhariwal and Nichol, 2021): from a picture to its noise."""
+"""DDIM inversion (Song et al., 2021, section 4.3; Dhariwal and Nichol, 2021): from an image to its noise."""
 
 import torch
 from diffusers import DDIMInverseScheduler
@@ -26,8 +26,8 @@ def invert(
     DDIMScheduler and as many steps.
 
     Args:
-        latents: (B, C, h, w), scaled, such as the mean that backbone.encode gives of real pictures.
-        prompt: what the pictures show; text guidance is 1, as the authors invert.
+        latents: (B, C, h, w), scaled, such as the mean that backbone.encode gives of real images.
+        prompt: what the images show; text guidance is 1, as the authors invert.
 
     Returns:
         (B, C, h, w) in the denoiser's dtype, ready to be a pipeline's `latents`.

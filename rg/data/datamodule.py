@@ -1,4 +1,4 @@
-"""Labelled pictures for training: an endless reshuffled order that resumes exactly, and the DataModule."""
+"""Labelled images for training: an endless reshuffled order that resumes exactly, and the DataModule."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,13 +64,13 @@ class Positions(DistributedSampler[Batch]):
 
 
 class ReadoutDataModule(LightningDataModule):
-    """The training and held-out pictures of one head.
+    """The training and held-out images of one head.
 
     Args:
         root: folder that holds one folder per split.
-        size: number of training pictures; None takes all.
-        val_size: number of held-out pictures; None takes all.
-        batch_size: pictures, or groups of them, per batch and rank.
+        size: number of training images; None takes all.
+        val_size: number of held-out images; None takes all.
+        batch_size: images, or groups of them, per batch and rank.
         epoch_batches: training batches per epoch and rank.
         seed: of the subset (with `available`) and of the order.
         available: see `read_shards`.
@@ -124,7 +124,7 @@ class ReadoutDataModule(LightningDataModule):
                 found, cause = sum(shard["stop"] - shard["start"] for shard in shards), f"{folder} is too small"
             if found < (n or 1):
                 command = f"python -m data_prep.prepare +recipe={self.root.name} split={split}{amount} root={self.root}"
-                raise DataError(f"{cause}: expected {n or 'some'} pictures, found {found}; make them with: {command}")
+                raise DataError(f"{cause}: expected {n or 'some'} images, found {found}; make them with: {command}")
 
     def setup(self, stage: str) -> None:
         """Reads the splits that the stage needs into memory."""
@@ -144,8 +144,8 @@ class ReadoutDataModule(LightningDataModule):
         return StatefulDataLoader(passes, batch_size=self.batch_size, sampler=sampler, generator=generator)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """All held-out pictures in order, the last batch as short as it is.
+        """All held-out images in order, the last batch as short as it is.
 
-        With several ranks Lightning deals them out and repeats at most ranks - 1 pictures to make the shares even.
+        With several ranks Lightning deals them out and repeats at most ranks - 1 images to make the shares even.
         """
         return DataLoader(self.val_set, batch_size=self.batch_size)

@@ -1,4 +1,4 @@
-"""The one owner of the sample schema: a labelled picture in a shard, many in memory, and a batch of them.
+"""The one owner of the sample schema: a labelled image in a shard, many in memory, and a batch of them.
 
 A sample's key is its index in its split, as eight digits. Members: image.png and label.png (RGB, lossless, one size),
 json (prompt, kind, seed, identity, size, keypoints), and latent.npy.
@@ -34,7 +34,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled picture.
+    """One labelled image.
 
     Attributes:
         index: position in its split.
@@ -43,8 +43,8 @@ class Sample:
         keypoints: (P, 18, 3) float32 of (x, y, visible) in pixels of the image; P = 0 where the label has none.
         latent: (2C, h, w) float16: mean, then standard deviation of the scaled latents.
         prompt: a description, or "".
-        kind: what the picture shows, in the source's words.
-        seed: the seed sequence of a generated picture, else None.
+        kind: what the image shows, in the source's words.
+        seed: the seed sequence of a generated image, else None.
         identity: the attributes of each person, where the source knows them, else None.
     """
 
@@ -99,10 +99,10 @@ def read_member(raw: dict[str, Any], member: str, shard: Path, read: Callable[[b
         raise DataError(f"{shard}: {member} of sample {key} cannot be used: {error}") from error
 
 
-def write_words(sample: Any, picture: Tensor) -> dict[str, Any]:
-    """What the json of every sample holds: its words, and the size of its pictures (..., H, W). See `read_words`."""
+def write_words(sample: Any, image: Tensor) -> dict[str, Any]:
+    """What the json of every sample holds: its words, and the size of its images (..., H, W). See `read_words`."""
     words = {name: getattr(sample, name) for name in ("prompt", "kind", "seed", "identity")}
-    return {**words, "size": list(picture.shape[-2:])}
+    return {**words, "size": list(image.shape[-2:])}
 
 
 def read_words(meta: dict[str, Any]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
@@ -117,19 +117,19 @@ def _from_json(data: bytes) -> tuple[Any, ...]:
     return *read_words(meta), keypoints
 
 
-def to_png(picture: Tensor) -> bytes:
-    """A picture (3, H, W) uint8 as a file."""
+def to_png(image: Tensor) -> bytes:
+    """An image (3, H, W) uint8 as a file."""
     stream = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(stream, format="PNG")
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, format="PNG")
     return stream.getvalue()
 
 
 def from_png(data: bytes, size: tuple[int, ...]) -> Tensor:
-    """(3, H, W) uint8; raises ValueError where the picture is not RGB of this (height, width)."""
-    picture = Image.open(io.BytesIO(data), formats=["PNG"])
-    if (picture.mode, picture.size[::-1]) != ("RGB", size):
-        raise ValueError(f"expected an RGB picture of {size}, found {picture.mode} of {picture.size[::-1]}")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    """(3, H, W) uint8; raises ValueError where the image is not RGB of this (height, width)."""
+    image = Image.open(io.BytesIO(data), formats=["PNG"])
+    if (image.mode, image.size[::-1]) != ("RGB", size):
+        raise ValueError(f"expected an RGB image of {size}, found {image.mode} of {image.size[::-1]}")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def to_npy(latent: Tensor) -> bytes:
@@ -155,7 +155,7 @@ class Samples(Dataset[Batch]):
         index: (N,) int64, places in the split.
         image: (N, 3, H, W) uint8.
         label: (N, 3, H, W) uint8.
-        keypoints: (N, P, 18, 3) float32, P the most people in one picture, at least 1.
+        keypoints: (N, P, 18, 3) float32, P the most people in one image, at least 1.
         latent: (N, 2C, h, w) float16, mean then standard deviation.
         prompt: N descriptions.
     """
@@ -185,7 +185,7 @@ class Samples(Dataset[Batch]):
 
     @classmethod
     def stack(cls, samples: Sequence[Sample]) -> Self:
-        """Puts samples together; raises RuntimeError where pictures or latents differ in size."""
+        """Puts samples together; raises RuntimeError where images or latents differ in size."""
         people = [sample.keypoints for sample in samples]
         return cls(
             index=torch.tensor([sample.index for sample in samples]),
@@ -199,17 +199,17 @@ class Samples(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures that belong together.
+    """Images that belong together.
 
     Attributes:
         index: position in its split.
         images: (G, 3, H, W) uint8, RGB.
-        points: (N, G, 3) float32 of (x, y, visible): the same N points of things in every picture; N = 0 where nobody
-            followed any, else at least one is visible in all pictures.
-        turn: degrees by which the head of a portrait turns out of the picture's plane from the first picture to the
+        points: (N, G, 3) float32 of (x, y, visible): the same N points of things in every image; N = 0 where nobody
+            followed any, else at least one is visible in all images.
+        turn: degrees by which the head of a portrait turns out of the image's plane from the first image to the
             second, at least 0; None for anything else.
         latents: (G, 2C, h, w) float16: mean, then standard deviation of the scaled latents.
-        prompt, kind, seed, identity: as of rg.data.samples.Sample, of the first picture.
+        prompt, kind, seed, identity: as of rg.data.samples.Sample, of the first image.
     """
 
     index: int
@@ -226,9 +226,9 @@ class Group:
         """The group as a webdataset writer takes it: "__key__" and the bytes of each member."""
         meta = write_words(self, self.images)
         meta |= {"pictures": len(self.images), "turn": self.turn, "points": self.points.tolist()}
-        pictures = {f"{number}.png": to_png(picture) for number, picture in enumerate(self.images)}
+        images = {f"{number}.png": to_png(image) for number, image in enumerate(self.images)}
         latent = to_npy(self.latents.flatten(0, 1))
-        return {"__key__": f"{self.index:08d}", **pictures, "json": json.dumps(meta).encode(), "latent.npy": latent}
+        return {"__key__": f"{self.index:08d}", **images, "json": json.dumps(meta).encode(), "latent.npy": latent}
 
     @classmethod
     def decode(cls, raw: dict[str, Any], shard: Path) -> Self:
@@ -249,20 +249,20 @@ def _group_from_json(data: bytes) -> tuple[Any, ...]:
     turn = None if meta["turn"] is None else float(meta["turn"])
     points = torch.tensor(meta["points"], dtype=torch.float32).reshape(-1, meta["pictures"], 3)
     if len(points) and not (points[..., 2] > 0).all(1).any():
-        raise ValueError("expected at least one point that is visible in all pictures, found none")
+        raise ValueError("expected at least one point that is visible in all images, found none")
     return *read_words(meta), meta["pictures"], turn, points
 
 
 def _split(latents: Tensor, count: int) -> Tensor:
-    """(count, 2C, h, w) of the latents of `count` pictures one after the other."""
+    """(count, 2C, h, w) of the latents of `count` images one after the other."""
     if len(latents) % (2 * count):
-        raise ValueError(f"expected the latents of {count} pictures, found {len(latents)} channels")
+        raise ValueError(f"expected the latents of {count} images, found {len(latents)} channels")
     return latents.unflatten(0, (count, -1))
 
 
 @dataclass(frozen=True)
 class Groups(Dataset[Batch]):
-    """B groups of G pictures in memory, compact; indexing gives one group of a batch (see above), with draw 0.
+    """B groups of G images in memory, compact; indexing gives one group of a batch (see above), with draw 0.
 
     Attributes:
         index: (B,) int64, places in the split.
@@ -298,7 +298,7 @@ class Groups(Dataset[Batch]):
 
     @classmethod
     def stack(cls, groups: Sequence[Group]) -> Self:
-        """Puts groups together; raises RuntimeError where they differ in number or size of pictures or latents."""
+        """Puts groups together; raises RuntimeError where they differ in number or size of images or latents."""
         return cls(
             index=torch.tensor([group.index for group in groups]),
             image=torch.stack([group.images for group in groups]),

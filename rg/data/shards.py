@@ -46,7 +46,7 @@ class Manifest:
         """
         path = folder / "manifest.json"
         if not path.is_file():
-            raise DataError(f"no labelled pictures in {folder}: {path} does not exist")
+            raise DataError(f"no labelled images in {folder}: {path} does not exist")
         try:
             content = json.loads(path.read_text())
             del content["samples"]
@@ -139,7 +139,7 @@ def read_shards(
 
     Raises:
         DataError: missing folder or shard, truncated or damaged shard, missing member, fewer samples than asked for,
-            another autoencoder, pictures of several sizes.
+            another autoencoder, images of several sizes.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
@@ -159,4 +159,4 @@ def read_shards(
     try:
         return (Groups if isinstance(samples[0], Group) else Samples).stack(samples)
     except RuntimeError as error:
-        raise DataError(f"{folder}: expected pictures and latents of one size: {error}") from error
+        raise DataError(f"{folder}: expected images and latents of one size: {error}") from error

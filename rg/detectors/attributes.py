@@ -1,4 +1,4 @@
-"""A network that reads what a picture shows, attribute by attribute, and knows nothing of prompts."""
+"""A network that reads what an image shows, attribute by attribute, and knows nothing of prompts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ SECOND = "second_"  # what the attributes of the right one of two people begin w
 class AttributeClassifier(Hourglass):
     """Reads every attribute where it is: one attention map per attribute over a common trunk's features.
 
-    What an attribute attends to depends on the whole picture: the shirt of the left one of two people, for instance.
+    What an attribute attends to depends on the whole image: the shirt of the left one of two people, for instance.
 
     Args:
         attributes: name -> classes of everything that can be read.

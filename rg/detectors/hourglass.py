@@ -1,4 +1,4 @@
-"""What the small networks that judge pictures share: their trunk, and how they are stored."""
+"""What the small networks that judge images share: their trunk, and how they are stored."""
 
 import json
 import os
@@ -36,13 +36,13 @@ class ResidualBlock(nn.Module):
 
 
 class Hourglass(nn.Module):
-    """An hourglass (Newell et al., 2016) over patches: local features that know of the whole picture.
+    """An hourglass (Newell et al., 2016) over patches: local features that know of the whole image.
 
     A network that is stored by itself keeps the arguments of its constructor in `config`, plain values.
 
     Args:
         widths: channels at 1, 1/2 and 1/4 of the patches' resolution, multiples of 8.
-        patch: side of a patch in pixels; pictures enter as patches, so that nearly all arithmetic is at 1 / patch.
+        patch: side of a patch in pixels; images enter as patches, so that nearly all arithmetic is at 1 / patch.
     """
 
     config: dict[str, Any]
@@ -87,7 +87,7 @@ class Hourglass(nn.Module):
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """Features for distances between sets of pictures: images (B, 3, H, W) in [-1, 1] -> (B, widths[2])."""
+        """Features for distances between sets of images: images (B, 3, H, W) in [-1, 1] -> (B, widths[2])."""
         return self._pyramid(images)[2].mean((2, 3))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

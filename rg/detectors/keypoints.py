@@ -1,4 +1,4 @@
-"""Networks that judge pictures of people, 18 keypoints each and their confidence, and know nothing of heads."""
+"""Networks that judge images of people, 18 keypoints each and their confidence, and know nothing of heads."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,17 +12,17 @@ from rg.points import KEYPOINTS, Size, peaks, rescale
 
 CROP = 64  # side in pixels of the crops that poses are read from
 LEAST_KEYPOINTS = 6  # of a person who counts in full: a portrait shows eight
-# The keypoint that each one becomes when a picture is mirrored: left and right change places.
+# The keypoint that each one becomes when an image is mirrored: left and right change places.
 _SIDES = {"left": "right", "right": "left"}
 MIRROR = tuple(KEYPOINTS.index("_".join(_SIDES.get(word, word) for word in name.split("_"))) for name in KEYPOINTS)
 
 
 class Detection(NamedTuple):
-    """What the detector found in B pictures, P people each, the surest first.
+    """What the detector found in B images, P people each, the surest first.
 
-    points: (B, P, 18, 2), (x, y) in pixels of the pictures, keypoints in the order of `rg.points.KEYPOINTS`.
+    points: (B, P, 18, 2), (x, y) in pixels of the images, keypoints in the order of `rg.points.KEYPOINTS`.
     confidence: (B, P, 18) in [0, 1], the largest probability mass of any window of 5x5 cells: low when a keypoint lies
-        outside the picture and when it could be in several places.
+        outside the image and when it could be in several places.
     score: (B, P) in [0, 1], how sure it is that there is this person: that of the box times how concentrated the
         keypoints are that its crop seems to hold.
     present: (B, P) bool, whether the score reaches the detector's threshold.
@@ -38,7 +38,7 @@ class KeypointDetector(Hourglass):
     """Finds people, then for each keypoint of each a distribution over the cells of a crop around the person.
 
     Crops enter as 4x4 patches and the maps leave as 2x2 patches, so that nearly all arithmetic runs at a quarter of
-    the resolution: `detect` takes about 6 ms of one core for a 64 px picture of one person.
+    the resolution: `detect` takes about 6 ms of one core for a 64 px image of one person.
 
     Args:
         widths: channels at 1/4, 1/8 and 1/16 of a crop's resolution, multiples of 8.
@@ -53,7 +53,7 @@ class KeypointDetector(Hourglass):
         self.threshold = threshold
         self.maps = nn.Conv2d(widths[0], 4 * len(KEYPOINTS), 1)
         self.absent = nn.Linear(widths[2], len(KEYPOINTS))
-        self.finder = PersonFinder(widths=finder_widths)
+        self.finder = PersonDetector(widths=finder_widths)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ MARGIN = 1.25  # side of a crop over the larger side of its box: room for the sk
 OVERLAP = 0.5  # intersection over union from which on two boxes are of one person
 
 
-class PersonFinder(Hourglass):
+class PersonDetector(Hourglass):
     """For every cell of 4x4 pixels whether a person's box is centred there, and that box (Zhou et al., 2019).
 
     Args:
@@ -135,7 +135,7 @@ class PersonFinder(Hourglass):
         rows, columns = (torch.arange(side // PATCH, device=images.device) for side in (h, w))
         cells = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)
         centre = rescale(cells + torch.stack(place[:2], -1), (h // PATCH, w // PATCH), (h, w))
-        # A box is at home at half the picture's height.
+        # A box is at home at half the image's height.
         sides = torch.stack(place[2:], -1).clamp(-3, 3).exp() * h / 2
         return score, torch.cat([centre, sides], -1)
 
@@ -167,7 +167,7 @@ def overlap(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def boxes_around(keypoints: Tensor, size: Size) -> Tensor:
-    """The boxes of people (..., 18, 3) in a picture of `size`: around all keypoints, those outside moved to its border.
+    """The boxes of people (..., 18, 3) in an image of `size`: around all keypoints, those outside moved to its border.
 
     Hidden keypoints count too: a box does not shrink when something stands in front of the person. (..., 4)
     """
@@ -178,10 +178,10 @@ def boxes_around(keypoints: Tensor, size: Size) -> Tensor:
 
 
 def crop_matrices(boxes: Tensor, size: Size) -> Tensor:
-    """Maps from a crop to its picture, as affine_grid takes them, for boxes (N, 4) in a picture of `size`: (N, 2, 3).
+    """Maps from a crop to its image, as affine_grid takes them, for boxes (N, 4) in an image of `size`: (N, 2, 3).
 
     A crop is the square around the box's centre, MARGIN times as large as the box's larger side. Coordinates run from
-    -1 to 1 over the borders of crop and picture.
+    -1 to 1 over the borders of crop and image.
     """
     side = MARGIN * boxes[:, 2:].amax(-1).clamp_min(1)
     height, width = size
@@ -198,14 +198,14 @@ def crop(images: Tensor, matrices: Tensor, side: int) -> Tensor:
 
 
 def to_crops(points: Tensor, matrices: Tensor, size: Size, side: int) -> Tensor:
-    """Moves points (N, K, 2) of pictures of `size` into their crops of `side` pixels."""
+    """Moves points (N, K, 2) of images of `size` into their crops of `side` pixels."""
     unit = 2 * rescale(points, size, (1, 1))
     inner = torch.linalg.solve(matrices[:, None, :, :2], (unit - matrices[:, None, :, 2])[..., None])[..., 0]
     return rescale(inner / 2, (1, 1), (side, side))
 
 
 def from_crops(points: Tensor, matrices: Tensor, size: Size, side: int) -> Tensor:
-    """Moves points (N, K, 2) of crops of `side` pixels into their pictures of `size`: the inverse of to_crops."""
+    """Moves points (N, K, 2) of crops of `side` pixels into their images of `size`: the inverse of to_crops."""
     unit = 2 * rescale(points, (side, side), (1, 1))
     outer = (matrices[:, None, :, :2] @ unit[..., None])[..., 0] + matrices[:, None, :, 2]
     return rescale(outer / 2, (1, 1), size)

@@ -193,7 +193,7 @@ def hooked(denoiser: nn.Module, call: Callable[..., Tensor], *, checkpointing: b
 
 @contextmanager
 def watched(vae: Any) -> Iterator[None]:
-    """Makes an autoencoder whose decoder overflows raise FloatingPointError, instead of giving black pictures."""
+    """Makes an autoencoder whose decoder overflows raise FloatingPointError, instead of giving black images."""
 
     def check(_decoder: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
         if output.isfinite().all():
@@ -201,7 +201,7 @@ def watched(vae: Any) -> Iterator[None]:
         if not given[0].isfinite().all():
             raise FloatingPointError("latents: expected finite values to decode, got nan or inf from sampling")
         raise FloatingPointError(
-            f"vae: expected finite pictures, its decoder overflows in {output.dtype}: load the pipeline in bfloat16 or "
+            f"vae: expected finite images, its decoder overflows in {output.dtype}: load the pipeline in bfloat16 or "
             "float32, set vae.config.force_upcast where the pipeline heeds it (SDXL), or take an autoencoder made for "
             "half precision"
         )

@@ -129,7 +129,7 @@ class ReadoutGuidance:
 
     @contextmanager
     def record(self, pipe: Any) -> Iterator[Self]:
-        """Keeps what the terms' heads read of the pictures that `pipe` makes inside the context, unguided.
+        """Keeps what the terms' heads read of the images that `pipe` makes inside the context, unguided.
 
         Every ReferenceTarget gets the readouts of the last run, of this guidance's branch and window of steps.
         A run whose text guidance is 1 has no unconditional half: record both branches with guidance_scale=1.0001.

@@ -17,17 +17,17 @@ class FixedTarget:
     """The same control at every step, one for all images or one per image.
 
     Args:
-        control: an RGB picture, a list of them, a tensor of pictures (B, 3, H, W) in [-1, 1], or keypoints
+        control: an RGB image, a list of them, a tensor of images (B, 3, H, W) in [-1, 1], or keypoints
             (B, P, 18, 3) of (x, y, visible) in pixels of the image being made. B is 1 or the number of images.
 
     Raises:
-        ValueError: a picture is not in RGB mode, the pictures differ in size, or there is none.
+        ValueError: an image is not in RGB mode, the images differ in size, or there is none.
     """
 
     def __init__(self, control: Control) -> None:
         self.control = control.float() if isinstance(control, Tensor) else _to_tensor(control)
         if not len(self.control):
-            raise ValueError("control: expected at least one picture or pose, got an empty batch")
+            raise ValueError("control: expected at least one image or pose, got an empty batch")
         self._encoded: dict[Any, Tensor] = {}
 
     def encode(self, head: Any, *, readout_size: Size, image_size: Size, device: torch.device) -> Tensor:
@@ -40,7 +40,7 @@ class FixedTarget:
 
 
 class ReferenceTarget:
-    """What a head read of a reference picture at every step of one run: recorded once, for any number of guided runs.
+    """What a head read of a reference image at every step of one run: recorded once, for any number of guided runs.
 
     An image is run by `with guidance.record(pipe): pipe(...)`; a real one from the noise that `invert` gives.
     Memory is 4 bytes a number and step: a readout of 384 channels takes 6.3 MB on a latent grid of 64x64 (512 px in
@@ -68,7 +68,7 @@ class ReferenceTarget:
         self._kept.clear()
 
     def store(self, step: int, timestep: float, readout: Tensor) -> None:
-        """Keeps the readout of one step: (G, B, C, H, W), of B pictures in G branches."""
+        """Keeps the readout of one step: (G, B, C, H, W), of B images in G branches."""
         kept = readout.detach()
         if self.keep is not None:
             kept = torch.stack([self.keep(branch) for branch in kept])
@@ -95,11 +95,11 @@ class ReferenceTarget:
 
 
 def _to_tensor(control: Image | Sequence[Image]) -> Tensor:
-    pictures = [control] if isinstance(control, Image) else list(control)
-    for number, picture in enumerate(pictures):
-        if picture.mode != "RGB":
-            raise ValueError(f"control: picture {number} has mode {picture.mode}, expected RGB")
-        if picture.size != pictures[0].size:
-            raise ValueError(f"control: picture {number} is {picture.size}, the first one {pictures[0].size}")
-    arrays = [np.asarray(picture, dtype=np.float32) for picture in pictures]
+    images = [control] if isinstance(control, Image) else list(control)
+    for number, image in enumerate(images):
+        if image.mode != "RGB":
+            raise ValueError(f"control: image {number} has mode {image.mode}, expected RGB")
+        if image.size != images[0].size:
+            raise ValueError(f"control: image {number} is {image.size}, the first one {images[0].size}")
+    arrays = [np.asarray(image, dtype=np.float32) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1 if arrays else torch.zeros(0)

@@ -1,4 +1,4 @@
-"""Relative appearance: how alike two pictures look, place by place (Luo et al., 2024, section 3.2)."""
+"""Relative appearance: how alike two images look, place by place (Luo et al., 2024, section 3.2)."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ class AppearanceHead(RelativeHead):
 
     Args:
         margin: by which a negative should be farther from the anchor than the positive.
-        negatives: what the third and further pictures of a group are, and their weights in the loss; a weight of 0
+        negatives: what the third and further images of a group are, and their weights in the loss; a weight of 0
             leaves one to the metrics.
         hyperparameters: see ReadoutHead.
     """
@@ -34,7 +34,7 @@ class AppearanceHead(RelativeHead):
             readout: (B, G, C, H, W): anchor, positive, and the negatives in the order of their names.
 
         Raises:
-            ValueError: another number of pictures.
+            ValueError: another number of images.
         """
         names = list(self.hparams.negatives)
         if readout.ndim != 5 or readout.shape[1] != 2 + len(names):

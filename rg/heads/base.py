@@ -34,7 +34,7 @@ class ReadoutHead(LightningModule):
         prompt: the condition under which the backbone's features are read.
         learning_rate, weight_decay, warmup_steps: AdamW; linear warm-up, then cosine decay to zero.
         seed: draws timesteps and noise, together with each sample's index and how often it was seen.
-        val_timesteps: noise levels at which held-out pictures are read.
+        val_timesteps: noise levels at which held-out images are read.
     """
 
     def __init__(

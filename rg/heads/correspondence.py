@@ -1,4 +1,4 @@
-"""Correspondence: the same point of a thing has the same vector in every picture of it (Luo et al., 2024, 3.2)."""
+"""Correspondence: the same point of a thing has the same vector in every image of it (Luo et al., 2024, 3.2)."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ ALPHAS = (0.05, 0.1)
 
 
 class CorrespondenceHead(RelativeHead):
-    """Reads which point of a thing a place shows. It is trained on pairs of pictures and points followed in both.
+    """Reads which point of a thing a place shows. It is trained on pairs of images and points followed in both.
 
     Args:
         repulsion: share of the energy that keeps what was at a source point from staying there, against ghosts: 0.5 in
@@ -36,9 +36,9 @@ class CorrespondenceHead(RelativeHead):
         return
 
     def loss(self, readout: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Mean over pairs of the symmetric cross-entropy over the points that both pictures show.
+        """Mean over pairs of the symmetric cross-entropy over the points that both images show.
 
-        A point's vector in one picture is compared with every cell of the other: softmax of cosine / temperature,
+        A point's vector in one image is compared with every cell of the other: softmax of cosine / temperature,
         against the cell in which the point is there; both ways, averaged (Luo et al., 2024, section 3.2).
 
         Args:
@@ -63,7 +63,7 @@ class CorrespondenceHead(RelativeHead):
         return (entropy * seen / 2).sum(1).div(seen.sum(1).clamp_min(1)).mean()
 
     def metrics(self, readout: Tensor, batch: dict[str, Any], timestep: int) -> None:
-        """Logs PCK of the nearest neighbours of the first picture's points, by the box of those seen in the second."""
+        """Logs PCK of the nearest neighbours of the first image's points, by the box of those seen in the second."""
         for alpha, values in zip(ALPHAS, pair_pck(*_pair(readout), batch), strict=True):
             name = f"val/pck@{alpha}_t{timestep}"
             self.log(name, values.mean(), batch_size=len(values), sync_dist=True)
@@ -100,7 +100,7 @@ class CorrespondenceHead(RelativeHead):
 def _pair(readout: Tensor) -> tuple[Tensor, Tensor]:
     if readout.ndim != 5 or readout.shape[1] != 2:
         raise ValueError(
-            f"data: CorrespondenceHead expects readouts (B,2,C,H,W) of pairs of pictures, got {tuple(readout.shape)}; "
+            f"data: CorrespondenceHead expects readouts (B,2,C,H,W) of pairs of images, got {tuple(readout.shape)}; "
             "use data=correspondence"
         )
     return readout[:, 0], readout[:, 1]
@@ -130,7 +130,7 @@ def pair_pck(first: Tensor, second: Tensor, batch: dict[str, Any]) -> list[Tenso
     """For each of ALPHAS, PCK of the nearest neighbours in each pair: (B,).
 
     Args:
-        first, second: (B, C, H, W), maps of the pictures of each pair.
+        first, second: (B, C, H, W), maps of the images of each pair.
         batch: of pairs, see rg.data.samples.
     """
     source, target = batch["points"].unbind(2)

@@ -1,4 +1,4 @@
-"""Relative readouts: maps of vectors that mean something only beside another picture's (Luo et al., 2024, 3.2)."""
+"""Relative readouts: maps of vectors that mean something only beside another image's (Luo et al., 2024, 3.2)."""
 
 from typing import Any, NoReturn
 
@@ -14,7 +14,7 @@ class RelativeHead(ReadoutHead):
 
     The readout is (B, projection_dim, H, W), nowhere negative, so that cosines lie in [0, 1]. A subclass gives the
     energy, whose target is what it reads of the reference's readout; boxes and points are in cells of the readout
-    (rg.points.cells, rg.points.box_cells). It is trained on groups of pictures (rg.data.samples), and its loss and
+    (rg.points.cells, rg.points.box_cells). It is trained on groups of images (rg.data.samples), and its loss and
     metrics take the readouts (B, G, projection_dim, H, W) of B groups.
     """
 
@@ -29,7 +29,7 @@ class RelativeHead(ReadoutHead):
     def read(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Readouts (B, G, P, H, W) of groups of clean latents (B, G, C, h, w), or of single ones without the axis G.
 
-        As in the authors' training, the pictures of a group share one of timesteps (B,), and each has noise of its own.
+        As in the authors' training, the images of a group share one of timesteps (B,), and each has noise of its own.
         """
         if latents.ndim == 4:
             return super().read(latents, noise, timesteps)
@@ -38,16 +38,16 @@ class RelativeHead(ReadoutHead):
         return readouts.unflatten(0, (-1, size))
 
     def encode_target(self, control: Tensor, *, readout_size: Size, image_size: Size) -> NoReturn:
-        """Raises ValueError: no picture or pose says what a relative readout should be."""
+        """Raises ValueError: no image or pose says what a relative readout should be."""
         raise ValueError(
-            f"control: {type(self).__name__} compares with the readout of a reference picture; a control of shape "
+            f"control: {type(self).__name__} compares with the readout of a reference image; a control of shape "
             f"{tuple(control.shape)} cannot be its target"
         )
 
     def preview(self, readout: Tensor) -> Tensor:
         """The three main components of all vectors in readouts (..., C, H, W) as colours: (..., 3, H, W) in [0, 1].
 
-        Equal vectors have equal colours, across pictures too.
+        Equal vectors have equal colours, across images too.
         """
         vectors = readout.movedim(-3, -1)
         centred = vectors - vectors.flatten(0, -2).mean(0)

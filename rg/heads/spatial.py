@@ -23,7 +23,7 @@ SHARPNESS = 10.0
 
 
 class SpatialHead(ReadoutHead):
-    """Reads one map that lies on the image: an RGB control picture, or one heatmap per keypoint.
+    """Reads one map that lies on the image: an RGB control image, or one heatmap per keypoint.
 
     The readout is (B, 3, H, W) in control_range (variant "rgb") or (B, 18, H, W), about [0, 1] (variant "keypoints").
 
@@ -77,7 +77,7 @@ class SpatialHead(ReadoutHead):
         """What the readout should be.
 
         Args:
-            control: pictures (B, 3, H, W) in [-1, 1] of the image's size, or keypoints (B, P, 18, 3) of (x, y, visible)
+            control: images (B, 3, H, W) in [-1, 1] of the image's size, or keypoints (B, P, 18, 3) of (x, y, visible)
                 in the image's pixels, which the "rgb" variant draws as skeletons.
             readout_size, image_size: (height, width).
 
@@ -85,9 +85,7 @@ class SpatialHead(ReadoutHead):
             ValueError: the control has another shape or size, or the variant cannot be made from it.
         """
         if control.ndim != 4:
-            raise ValueError(
-                f"control: expected (B,3,H,W) pictures or (B,P,18,3) keypoints, got {tuple(control.shape)}"
-            )
+            raise ValueError(f"control: expected (B,3,H,W) images or (B,P,18,3) keypoints, got {tuple(control.shape)}")
         is_keypoints = control.shape[-2:] == (len(KEYPOINTS), 3)
         if self.hparams.variant == "keypoints":
             if not is_keypoints:
@@ -98,15 +96,15 @@ class SpatialHead(ReadoutHead):
         if is_keypoints:
             # One readout cell wide, so that a limb survives the area resize.
             stroke = image_size[1] / readout_size[1]
-            picture = draw_skeletons(control, image_size, image_size, stroke)
+            image = draw_skeletons(control, image_size, image_size, stroke)
         elif control.shape[1:] != (3, *image_size):
             raise ValueError(
-                f"control: expected pictures (B,3,{image_size[0]},{image_size[1]}), got {tuple(control.shape)}"
+                f"control: expected images (B,3,{image_size[0]},{image_size[1]}), got {tuple(control.shape)}"
             )
         else:
-            picture = (control + 1) / 2
+            image = (control + 1) / 2
         low, high = self.hparams.control_range
-        return F.interpolate(picture, readout_size, mode="area") * (high - low) + low
+        return F.interpolate(image, readout_size, mode="area") * (high - low) + low
 
     def control(self, batch: dict[str, Any]) -> Tensor:
         """What a batch says that the readout should be, as `encode_target` takes it: its keypoints, or its labels."""
@@ -149,7 +147,7 @@ class SpatialHead(ReadoutHead):
         return peaks(F.avg_pool2d(torch.exp(-8 * distance), 3, 1, 1), image_size)[0]
 
     def metrics(self, readout: Tensor, batch: dict[str, Any], timestep: int) -> None:
-        """Logs what `scores` names, of held-out pictures; PCK over those of one person."""
+        """Logs what `scores` names, of held-out images; PCK over those of one person."""
         found = SCORES[self.hparams.scores].read(self, readout, batch)
         if found is not None:
             self.val_scores[str(timestep)].update(*found)
@@ -163,7 +161,7 @@ class SpatialHead(ReadoutHead):
             metric.reset()
 
     def preview(self, readout: Tensor) -> Tensor:
-        """Pictures of readouts or encoded targets: (B, 3, H, W) in [0, 1]."""
+        """Images of readouts or encoded targets: (B, 3, H, W) in [0, 1]."""
         if self.hparams.variant == "rgb":
             low, high = self.hparams.control_range
             return ((readout - low) / (high - low)).clamp(0, 1)
@@ -210,7 +208,7 @@ class Score:
 
 
 def read_poses(head: Any, readout: Tensor, batch: dict[str, Any]) -> tuple[Tensor, ...] | None:
-    """Points read and true (N, 18, 2) and which are visible (N, 18), of the pictures of one person."""
+    """Points read and true (N, 18, 2) and which are visible (N, 18), of the images of one person."""
     people = (batch["keypoints"][..., 2] > 0).any(-1)
     single = people.sum(1) == 1
     if not single.any():
@@ -221,7 +219,7 @@ def read_poses(head: Any, readout: Tensor, batch: dict[str, Any]) -> tuple[Tenso
 
 
 def read_maps(head: Any, readout: Tensor, batch: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Readout and label as grey pictures of the label's size: (B, H, W) in [0, 1]."""
+    """Readout and label as grey images of the label's size: (B, H, W) in [0, 1]."""
     label = batch["label"]
     read = F.interpolate(head.preview(readout), label.shape[-2:], mode="bilinear", align_corners=False)
     return read.mean(1), (label.mean(1) + 1) / 2

@@ -21,12 +21,12 @@ def save_figure(figure: Any, path: Path) -> None:
     temporary.replace(path)
 
 
-def picture_grid(rows: dict[str, Tensor], side: int = 96) -> Any:
+def image_grid(rows: dict[str, Tensor], side: int = 96) -> Any:
     """A figure with one labelled row per entry; every entry is (N, 3, H, W) in [0, 1]."""
     columns = max(len(row) for row in rows.values())
     figure, axes = plt.subplots(len(rows), 1, figsize=(columns * side / 96, len(rows) * side / 96), squeeze=False)
-    for axis, (name, pictures) in zip(axes[:, 0], rows.items(), strict=True):
-        shown = F.interpolate(pictures.detach().float().cpu(), (side, side), mode="nearest")
+    for axis, (name, images) in zip(axes[:, 0], rows.items(), strict=True):
+        shown = F.interpolate(images.detach().float().cpu(), (side, side), mode="nearest")
         axis.imshow(np.concatenate(list(shown.permute(0, 2, 3, 1).numpy()), axis=1).clip(0, 1))
         axis.set_xticks([])
         axis.set_yticks([])

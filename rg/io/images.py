@@ -1,4 +1,4 @@
-"""Pictures from files."""
+"""Images from files."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from rg.points import KEYPOINTS, Size, rescale
 
-# What Pillow raises for a file that is no picture, a damaged one, or one that is suspiciously large.
+# What Pillow raises for a file that is no image, a damaged one, or one that is suspiciously large.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Reads a picture as RGB, turned upright as its EXIF data says; raises one of UNREADABLE."""
-    with Image.open(path) as picture:
-        upright = ImageOps.exif_transpose(picture)
+def open_image(path: Path) -> Image.Image:
+    """Reads an image as RGB, turned upright as its EXIF data says; raises one of UNREADABLE."""
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I"):  # 16 bits, as depth often has: Pillow would cut off what exceeds 255
         upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
     return upright.convert("RGB")
@@ -34,22 +34,22 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def load_control(path: str | Path, image_size: Size) -> Tensor | Image.Image:
-    """A control from a file: a picture as RGB, or keypoints as .json, moved to the image that will be made.
+    """A control from a file: an image as RGB, or keypoints as .json, moved to the image that will be made.
 
     The JSON holds {"size": [height, width], "keypoints": [people][18][x, y, visible]}, in pixels of that size.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the picture cannot be read, or the keypoints have another form.
+        ValueError: the image cannot be read, or the keypoints have another form.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"control={path}: there is no such file")
     if path.suffix != ".json":
         try:
-            return open_picture(path)
+            return open_image(path)
         except UNREADABLE as error:
-            raise ValueError(f"control={path}: expected a picture, found {error!r}") from error
+            raise ValueError(f"control={path}: expected an image, found {error!r}") from error
     try:
         record = json.loads(path.read_text())
         keypoints = torch.tensor(record["keypoints"], dtype=torch.float32)
@@ -64,10 +64,10 @@ def load_control(path: str | Path, image_size: Size) -> Tensor | Image.Image:
     return torch.cat([moved, keypoints[..., 2:]], -1)[None]
 
 
-def save_picture(picture: Tensor, path: Path) -> None:
-    """Writes one picture (3, H, W) in [-1, 1] as PNG, under a temporary name, then renames it."""
+def save_image(image: Tensor, path: Path) -> None:
+    """Writes one image (3, H, W) in [-1, 1] as PNG, under a temporary name, then renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    array = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    array = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     temporary = path.with_suffix(".part")
     Image.fromarray(array).save(temporary, format="PNG")
     temporary.replace(path)

@@ -1,4 +1,4 @@
-"""Scores of keypoints and of sets of pictures. Points are (x, y) in pixels of one image; see rg.points."""
+"""Scores of keypoints and of sets of images. Points are (x, y) in pixels of one image; see rg.points."""
 
 from collections.abc import Sequence
 from itertools import permutations

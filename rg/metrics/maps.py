@@ -1,4 +1,4 @@
-"""Scores of maps that lie on a picture: depth and edges. A map is (B, H, W) in [0, 1]."""
+"""Scores of maps that lie on an image: depth and edges. A map is (B, H, W) in [0, 1]."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rg.metrics.statistics import ImageMeans
 
-FARTHEST = 0.1  # inverse depth relative to the picture's nearest point: what is farther away has no depth
+FARTHEST = 0.1  # inverse depth relative to the image's nearest point: what is farther away has no depth
 DELTA = 1.25
 THRESHOLD = 0.5  # half-way between black and white: above it lies an edge
 TOLERANCE = 1  # pixels, along each axis

@@ -17,7 +17,7 @@ from rg.backbone.diffusion import DiffusionBackbone
 from rg.data.samples import DataError
 from rg.data.shards import Manifest, read_shards
 
-BAD = 5  # the picture that cannot be read
+BAD = 5  # the image that cannot be read
 
 
 @pytest.fixture
@@ -30,17 +30,15 @@ def model(tiny_pipeline, tmp_path_factory):
 
 @pytest.fixture
 def recipe(tmp_path, model):
-    """Forty pictures of 32 x 40 with skeletons as JSON; one picture is damaged, one has no label."""
+    """Forty images of 32 x 40 with skeletons as JSON; one image is damaged, one has no label."""
     (tmp_path / "labels").mkdir()
     (tmp_path / "pictures").mkdir()
     rng = np.random.default_rng(0)
     for number in range(40):
-        Image.fromarray(rng.integers(256, size=(32, 40, 3), dtype=np.uint8)).save(
-            tmp_path / f"pictures/{number:02}.png"
-        )
+        Image.fromarray(rng.integers(256, size=(32, 40, 3), dtype=np.uint8)).save(tmp_path / f"images/{number:02}.png")
         keypoints = np.concatenate([rng.uniform(0, 32, (1, 18, 2)), np.ones((1, 18, 1))], -1)
         (tmp_path / f"labels/{number:02}.json").write_text(json.dumps({"keypoints": keypoints.tolist()}))
-    (tmp_path / f"pictures/{BAD:02}.png").write_bytes(b"no picture")
+    (tmp_path / f"images/{BAD:02}.png").write_bytes(b"no image")
     (tmp_path / "labels/12.json").unlink()
     shares = {"validation_share": 0.0, "test_share": 0.0}
     folder = {
@@ -74,8 +72,8 @@ def test_shards_hold_what_was_asked_for(tmp_path, recipe, model):
     assert samples.index.tolist() == manifest.indices() == [i for i in range(25) if i not in (BAD, 12)]
     mean, std = DiffusionBackbone.from_pretrained(str(model)).encode(samples.image[:3] / 127.5 - 1)
     torch.testing.assert_close(samples.latent[:3].float(), torch.cat([mean, std], 1), rtol=2e-3, atol=2e-3)
-    picture = np.array(Image.open(tmp_path / "pictures/04.png"))[:, 4:36]
-    assert torch.equal(samples.image[4], torch.from_numpy(picture).permute(2, 0, 1))
+    image = np.array(Image.open(tmp_path / "images/04.png"))[:, 4:36]
+    assert torch.equal(samples.image[4], torch.from_numpy(image).permute(2, 0, 1))
 
 
 def test_manifest_counts_and_names_everything(tmp_path, recipe):
@@ -188,10 +186,10 @@ def test_another_autoencoder_is_refused(tmp_path, recipe, tiny_pipeline):
         build(root=str(tmp_path / "out"), n=10, **recipe)
 
 
-def test_more_pictures_in_the_folder_are_refused(tmp_path, recipe):
+def test_more_images_in_the_folder_are_refused(tmp_path, recipe):
     build(root=str(tmp_path / "out"), n=10, **recipe)
-    Image.new("RGB", (32, 32)).save(tmp_path / "pictures/00a.png")
-    with pytest.raises(DataError, match=r"pictures\.file_names"):
+    Image.new("RGB", (32, 32)).save(tmp_path / "images/00a.png")
+    with pytest.raises(DataError, match=r"images\.file_names"):
         build(root=str(tmp_path / "out"), n=20, **recipe)
 
 
@@ -199,7 +197,7 @@ def test_more_pictures_in_the_folder_are_refused(tmp_path, recipe):
     ("change", "words"),
     [
         ({"split": "dev"}, "split: expected one of train, val, search, test, got 'dev'"),
-        ({"n": 41}, "n: expected 1 to 40 pictures of split train, got 41"),
+        ({"n": 41}, "n: expected 1 to 40 images of split train, got 41"),
         ({"n": 0}, "n: expected 1 to 40"),
         ({"split": "val"}, "n: expected 1 to .* of split val, got 0"),
     ],
@@ -250,7 +248,7 @@ def test_depth_and_edges_of_the_embedded_world(tmp_path, root, monkeypatch, cont
             ["recipe.annotator.path={0}/labels"],
             {
                 "00000001": "1.png cannot be read",
-                "00000002": "{0}/labels/2.png: expected the picture's size (64, 64), found (64, 63)",
+                "00000002": "{0}/labels/2.png: expected the image's size (64, 64), found (64, 63)",
                 "00000003": "3.png has no label: {0}/labels/3.png does not exist",
                 "00000004": "{0}/labels/4.png cannot be read",
             },
@@ -262,20 +260,20 @@ def test_depth_and_edges_of_the_embedded_world(tmp_path, root, monkeypatch, cont
         ),
     ],
 )
-def test_depth_and_edges_of_ones_own_pictures(tmp_path, root, monkeypatch, capsys, recipe, words, skipped):
+def test_depth_and_edges_of_ones_own_images(tmp_path, root, monkeypatch, capsys, recipe, words, skipped):
     for name in ("pictures", "labels"):
         (tmp_path / name).mkdir()
     rng = np.random.default_rng(0)
     for number in range(7):
-        picture = rng.integers(256, size=(64, 64, 3), dtype=np.uint8) * (number != 5)
-        Image.fromarray(picture).save(tmp_path / f"pictures/{number}.png")
-        Image.fromarray(picture[:, : 63 if number == 2 else 64, 0]).save(tmp_path / f"labels/{number}.png")
-    (tmp_path / "pictures/1.png").write_bytes(b"no picture")
+        image = rng.integers(256, size=(64, 64, 3), dtype=np.uint8) * (number != 5)
+        Image.fromarray(image).save(tmp_path / f"images/{number}.png")
+        Image.fromarray(image[:, : 63 if number == 2 else 64, 0]).save(tmp_path / f"labels/{number}.png")
+    (tmp_path / "images/1.png").write_bytes(b"no image")
     (tmp_path / "labels/3.png").rename(tmp_path / "labels/3.json")
-    (tmp_path / "labels/4.png").write_bytes(b"no picture")
+    (tmp_path / "labels/4.png").write_bytes(b"no image")
     words = [word.format(tmp_path) for word in words]
     shares = [f"recipe.source.{share}=0" for share in ("validation_share", "test_share")]
-    out = [f"root={tmp_path}/out", f"recipe.source.path={tmp_path}/pictures"]
+    out = [f"root={tmp_path}/out", f"recipe.source.path={tmp_path}/images"]
     run_command(monkeypatch, root, f"+recipe={recipe}", *out, *shares, *words)
     assert f"{7 - len(skipped)} samples, {len(skipped)} skipped (manifest.json)" in capsys.readouterr().out
     named = json.loads((tmp_path / "out/train/manifest.json").read_text())["skipped"]

@@ -19,7 +19,7 @@ def make_sample(index: int) -> Sample:
         label=torch.randint(256, (3, 8, 8), generator=generator, dtype=torch.uint8),
         keypoints=torch.rand(index % 3, 18, 3, generator=generator) * 8,
         latent=torch.rand(4, 2, 2, generator=generator).half(),
-        prompt=f"picture {index}",
+        prompt=f"image {index}",
         kind="noise",
         seed=(0, 0, index),
         identity=[{"shirt": "red"}] * (index % 3),

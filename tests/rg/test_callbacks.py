@@ -5,9 +5,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.callbacks import MixingWeights, ReadoutPictures
+from rg.callbacks import MixingWeights, ReadoutImages
 from rg.heads.spatial import SpatialHead
-from rg.io.figures import picture_grid, save_figure
+from rg.io.figures import image_grid, save_figure
 
 
 def make_batch(count):
@@ -25,18 +25,18 @@ def make_batch(count):
 
 
 @pytest.mark.parametrize("variant", ["rgb", "keypoints"])
-def test_a_fit_leaves_pictures_and_mixing_weights(tiny_pipeline, tmp_path, variant):
+def test_a_fit_leaves_images_and_mixing_weights(tiny_pipeline, tmp_path, variant):
     backbone = DiffusionBackbone(tiny_pipeline())
     widths = {"tap_channels": backbone.tap_channels, "time_embed_dim": backbone.time_embed_dim}
     head = SpatialHead(**widths, variant=variant, projection_dim=16, norm_groups=2, val_timesteps=[50, 600])
     head.attach_backbone(backbone)
-    pictures, weights = ReadoutPictures(str(tmp_path), count=2), MixingWeights(str(tmp_path))
+    images, weights = ReadoutImages(str(tmp_path), count=2), MixingWeights(str(tmp_path))
     trainer = Trainer(
         accelerator="cpu",
         max_steps=4,
         check_val_every_n_epoch=1,
         num_sanity_val_steps=0,
-        callbacks=[pictures, weights],
+        callbacks=[images, weights],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -48,17 +48,17 @@ def test_a_fit_leaves_pictures_and_mixing_weights(tiny_pipeline, tmp_path, varia
     )
     expected = {f"{name}-{step:06d}.png" for name in ("readouts", "mixing_weights") for step in (2, 4)}
     assert {path.name for path in tmp_path.iterdir()} == expected
-    assert len(pictures.batch["image"]) == len(pictures.batch["prompt"]) == 2
+    assert len(images.batch["image"]) == len(images.batch["prompt"]) == 2
     for name in expected:
-        with Image.open(tmp_path / name) as picture:
-            assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 2
+        with Image.open(tmp_path / name) as image:
+            assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 2
     assert {f"val/loss_t{t}" for t in (50, 600)} <= set(trainer.callback_metrics)
 
 
 def test_every_row_of_a_grid_is_shown():
     rows = {"black": torch.zeros(3, 3, 8, 8), "red": torch.zeros(2, 3, 8, 8)}
     rows["red"][:, 0] = 1
-    axes = picture_grid(rows, side=16).axes
+    axes = image_grid(rows, side=16).axes
     assert [axis.get_ylabel() for axis in axes] == ["black", "red"]
     shown = [axis.images[0].get_array() for axis in axes]
     assert [array.shape for array in shown] == [(16, 48, 3), (16, 32, 3)]
@@ -66,8 +66,8 @@ def test_every_row_of_a_grid_is_shown():
 
 
 def test_a_figure_is_written_whole_or_not_at_all(tmp_path):
-    figure = picture_grid({"row": torch.rand(1, 3, 8, 8)})
+    figure = image_grid({"row": torch.rand(1, 3, 8, 8)})
     save_figure(figure, tmp_path / "new" / "figure.png")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["figure.png"]
-    with Image.open(tmp_path / "new" / "figure.png") as picture:
-        picture.verify()
+    with Image.open(tmp_path / "new" / "figure.png") as image:
+        image.verify()

@@ -1,4 +1,4 @@
-"""Pictures after a reference, by the embedded model and heads with random weights."""
+"""Images after a reference, by the embedded model and heads with random weights."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def heads(tmp_path_factory):
 
 @pytest.fixture
 def run(root, heads, tmp_path, monkeypatch):
-    """Pictures and trace of a command: `run("heads=[look]", "images=2")`."""
+    """Images and trace of a command: `run("heads=[look]", "images=2")`."""
 
     def call(*overrides):
         traces = []
@@ -39,8 +39,8 @@ def run(root, heads, tmp_path, monkeypatch):
         monkeypatch.chdir(heads)
         words = ["sampling.num_inference_steps=4", f"run_dir={tmp_path}", *overrides]
         with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-            pictures = command.edit(compose("edit", words), tmp_path / "run")
-        return pictures, traces[0].trace if traces else None
+            images = command.edit(compose("edit", words), tmp_path / "run")
+        return images, traces[0].trace if traces else None
 
     return call
 
@@ -74,10 +74,10 @@ def test_a_drag_compares_its_two_ends(run):
     assert -2 < float(moved[0].energy) < -1e-3
 
 
-def test_a_real_picture_is_inverted_and_comes_back(run, tmp_path):
+def test_a_real_image_is_inverted_and_comes_back(run, tmp_path):
     run("heads=[look]", "images=1")
     Image.open(tmp_path / "run" / "reference.png").convert("RGB").resize((96, 64)).save(tmp_path / "photo.png")
-    words = ["heads=[look]", "images=1", f"picture={tmp_path}/photo.png", "sampling.num_inference_steps=20"]
+    words = ["heads=[look]", "images=1", f"reference={tmp_path}/photo.png", "sampling.num_inference_steps=20"]
     run(*words)
     square = Image.open(tmp_path / "photo.png").crop((16, 0, 80, 64))
     back = Image.open(tmp_path / "run" / "reference.png")
@@ -102,8 +102,8 @@ def test_a_real_picture_is_inverted_and_comes_back(run, tmp_path):
         (["heads=[look]", "boxes=[[0,0,64,64]]"], "boxes: expected 2 lists of 4 numbers"),
         (["heads=[look]", "boxes=[[0,0,64,64],[9,9,9,20]]"], "boxes: expected places inside"),
         (["heads=[look]", "noise=old"], "expected at least 1, and new or reference"),
-        (["heads=[look]", "picture=missing.png"], r"missing\.png"),
-        (["heads=[look]", "picture=missing.png", "scheduler=euler"], "expected scheduler=ddim"),
+        (["heads=[look]", "reference=missing.png"], r"missing\.png"),
+        (["heads=[look]", "reference=missing.png", "scheduler=euler"], "expected scheduler=ddim"),
     ],
 )
 def test_bad_words_are_refused_before_sampling(run, words, message):
@@ -112,7 +112,7 @@ def test_bad_words_are_refused_before_sampling(run, words, message):
 
 
 def test_boxes_are_compared_alone(run):
-    """The same box of the same picture is the same; another is not."""
+    """The same box of the same image is the same; another is not."""
     same = "[[0,0,32,64],[0,0,32,64]]"
     _, trace = run("heads=[look]", "images=1", "noise=reference", f"boxes={same}")
     assert float(trace[0].energy) == pytest.approx(0, abs=1e-5)

@@ -9,7 +9,7 @@ from PIL import Image
 from rg.generation import SCHEDULERS, generate, set_scheduler
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
-from rg.io.images import load_control, save_picture
+from rg.io.images import load_control, save_image
 from rg.points import rescale
 
 PROMPTS = ["a person in a red shirt", "two people at dusk", "grass"]
@@ -17,7 +17,7 @@ KEYPOINTS = torch.stack([torch.arange(18.0) * 2, 40 - torch.arange(18.0), torch.
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler])
-def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_pipeline, scheduler):
+def test_an_image_depends_on_its_prompt_and_seed_alone(tiny_pipeline, scheduler):
     pipe = tiny_pipeline(scheduler=scheduler)
     arguments = {"num_inference_steps": 3, "guidance_scale": 2.0}
     together = generate(pipe, PROMPTS, seeds=[5, 6, 7], **arguments)
@@ -68,7 +68,7 @@ def test_keypoints_from_a_file_move_to_the_image_being_made(tmp_path):
     assert same.dtype == torch.float32 and torch.equal(same, KEYPOINTS.expand(1, 2, -1, -1))
     moved = load_control(str(path), (24, 128))[0, 1]
     assert torch.equal(moved[:, 2], KEYPOINTS[:, 2])
-    # Pixel centres at integers: the pixel's left border moves with the picture, x' + 1/2 = (x + 1/2) * 128 / 64.
+    # Pixel centres at integers: the pixel's left border moves with the image, x' + 1/2 = (x + 1/2) * 128 / 64.
     torch.testing.assert_close(moved[:, 0] + 0.5, (KEYPOINTS[:, 0] + 0.5) * 2)
     torch.testing.assert_close(moved[:, 1] + 0.5, (KEYPOINTS[:, 1] + 0.5) / 2)
     torch.testing.assert_close(rescale(moved[:, :2], (24, 128), (48, 64)), KEYPOINTS[:, :2])
@@ -102,35 +102,33 @@ def test_a_missing_control_is_named(tmp_path):
             load_control(tmp_path / name, (32, 32))
 
 
-def test_a_picture_is_written_and_read_back_as_a_control(tmp_path):
+def test_an_image_is_written_and_read_back_as_a_control(tmp_path):
     levels = torch.arange(256) / 127.5 - 1
-    picture = levels.view(1, 16, 16).repeat(3, 1, 1)
-    picture[0] = picture[0].flip(0)
-    path = tmp_path / "new" / "picture.png"
-    save_picture(picture, path)
-    assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
+    image = levels.view(1, 16, 16).repeat(3, 1, 1)
+    image[0] = image[0].flip(0)
+    path = tmp_path / "new" / "image.png"
+    save_image(image, path)
+    assert [file.name for file in path.parent.iterdir()] == ["image.png"]
     control = load_control(path, (16, 16))
     assert np.array_equal(np.asarray(control)[..., 1].ravel(), np.arange(256))
-    torch.testing.assert_close(FixedTarget(control).control[0], picture)
-    save_picture(picture * 3, path)
-    torch.testing.assert_close(
-        FixedTarget(Image.open(path)).control[0], (picture * 3).clamp(-1, 1), rtol=0, atol=1 / 255
-    )
+    torch.testing.assert_close(FixedTarget(control).control[0], image)
+    save_image(image * 3, path)
+    torch.testing.assert_close(FixedTarget(Image.open(path)).control[0], (image * 3).clamp(-1, 1), rtol=0, atol=1 / 255)
 
 
-def test_a_grey_picture_is_a_control(tmp_path):
+def test_a_grey_image_is_a_control(tmp_path):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(grey).save(tmp_path / "depth.png")
     control = FixedTarget(load_control(tmp_path / "depth.png", (16, 16))).control
     torch.testing.assert_close(control, torch.tensor(grey).expand(1, 3, -1, -1) / 127.5 - 1)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", b"half"])
-def test_a_damaged_picture_is_named(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"no image", b"half"])
+def test_a_damaged_image_is_named(tmp_path, content):
     path = tmp_path / "control.png"
     Image.new("RGB", (64, 64)).save(path)
     path.write_bytes(path.read_bytes()[:60] if content == b"half" else content)
-    with pytest.raises(ValueError, match=f"control={path}: expected a picture, found "):
+    with pytest.raises(ValueError, match=f"control={path}: expected an image, found "):
         load_control(path, (64, 64))
 
 

@@ -14,7 +14,7 @@ def one_keypoint(x, y, *, number=0, visible=1.0):
 
 
 def scattered(count, *, margin=8.0, seed=0):
-    """One person per picture, visible all over, `margin` pixels from the border."""
+    """One person per image, visible all over, `margin` pixels from the border."""
     generator = torch.Generator().manual_seed(seed)
     room = torch.tensor([IMAGE[1] - 1 - 2 * margin, IMAGE[0] - 1 - 2 * margin])
     points = margin + room * torch.rand(count, 1, 18, 2, generator=generator)
@@ -35,7 +35,7 @@ def test_rescale_there_and_back():
 
 @pytest.mark.parametrize(("width", "resized", "mode"), [(12, 4, "area"), (12, 6, "bilinear"), (6, 24, "bilinear")])
 def test_rescale_agrees_with_interpolate(width, resized, mode):
-    """A picture whose value is its own x, resized, holds at each pixel the x that this pixel came from."""
+    """An image whose value is its own x, resized, holds at each pixel the x that this pixel came from."""
     ramp = torch.arange(width, dtype=torch.float32).expand(1, 1, 2, width)
     seen = F.interpolate(ramp, (2, resized), mode=mode)[0, 0, 0]
     columns = torch.arange(resized, dtype=torch.float32)
@@ -118,10 +118,10 @@ def test_tables_fit_together():
 def test_skeleton_has_the_colours_of_its_joints_and_limbs():
     keypoints = one_keypoint(10.0, 20.0, number=2)
     keypoints[0, 0, 3] = torch.tensor([30.0, 20.0, 1.0])  # right shoulder to right elbow: limb 2
-    picture = draw_skeletons(keypoints, IMAGE, IMAGE, width=3.0)[0]
+    image = draw_skeletons(keypoints, IMAGE, IMAGE, width=3.0)[0]
     for number, x in ((2, 10), (3, 30)):
-        torch.testing.assert_close(picture[:, 20, x], torch.tensor(COLORS[number]) / 255)
-    torch.testing.assert_close(picture[:, 20, 20], torch.tensor(COLORS[LIMBS.index((2, 3))]) / 255 * 0.6)
+        torch.testing.assert_close(image[:, 20, x], torch.tensor(COLORS[number]) / 255)
+    torch.testing.assert_close(image[:, 20, 20], torch.tensor(COLORS[LIMBS.index((2, 3))]) / 255 * 0.6)
 
 
 def test_skeleton_is_as_wide_as_asked_on_exact_black():
@@ -130,9 +130,9 @@ def test_skeleton_is_as_wide_as_asked_on_exact_black():
     drawn = draw_skeletons(keypoints, IMAGE, IMAGE, width=5.0)[0].any(0)
     assert drawn[:, 20].nonzero().flatten().tolist() == [18, 19, 20, 21, 22]
     assert drawn[20].nonzero().flatten().tolist() == list(range(8, 33))
-    picture = draw_skeletons(scattered(4), IMAGE, IMAGE, width=2.0)
-    assert picture.min() == 0 and picture.max() == 1
-    assert (picture == 0).all(1).float().mean() > 0.3  # floats compared with == : the sparse loss does too
+    image = draw_skeletons(scattered(4), IMAGE, IMAGE, width=2.0)
+    assert image.min() == 0 and image.max() == 1
+    assert (image == 0).all(1).float().mean() > 0.3  # floats compared with == : the sparse loss does too
 
 
 def test_a_limb_with_an_invisible_end_is_not_drawn():

@@ -43,7 +43,7 @@ def test_gradient_in_half_precision_is_that_in_float32(tokenizer, model, dtype):
     gradient = gradient_of(half, brightness)
     assert gradient.dtype == torch.float32 and cosine(gradient, exact) > 0.99
     torch.testing.assert_close(gradient.norm(), exact.norm(), rtol=0.05, atol=0)
-    # As small as the energies of large pictures' readouts are: float16 alone loses the gradient altogether.
+    # As small as the energies of large images' readouts are: float16 alone loses the gradient altogether.
     for weight in (1e-6, 1e6):
         assert cosine(gradient_of(half, brightness, weight), gradient) > 0.99
     if dtype == torch.float16:
@@ -107,15 +107,13 @@ def test_heads_stay_in_float32_under_autocast(tokenizer, tiny_head):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_an_autoencoder_that_overflows_is_named_instead_of_black_pictures(tokenizer, family):
+def test_an_autoencoder_that_overflows_is_named_instead_of_black_images(tokenizer, family):
     pipe = build(family, tokenizer)
     guidance = ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=0.0)
     denoise(pipe, family, guidance, steps=2, output_type="pt")
     with torch.no_grad():
         pipe.vae.decoder.conv_out.weight.fill_(3e38)
-    with pytest.raises(
-        FloatingPointError, match="vae: expected finite pictures, its decoder overflows in torch.float32"
-    ):
+    with pytest.raises(FloatingPointError, match="vae: expected finite images, its decoder overflows in torch.float32"):
         denoise(pipe, family, guidance, steps=2, output_type="pt")
     assert not pipe.vae.decoder._forward_hooks
     images = torch.zeros(1, 3, 32, 32)
@@ -140,7 +138,7 @@ def test_a_half_precision_backbone_keeps_its_autoencoder_in_float32(tokenizer, m
     assert denoise(half.pipeline, model, steps=2, output_type="pt").isfinite().all()
 
 
-def test_black_pictures_of_float16_are_an_error_unless_the_pipeline_upcasts(tokenizer):
+def test_black_images_of_float16_are_an_error_unless_the_pipeline_upcasts(tokenizer):
     guidance = ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=0.0)
     for family, fails in (("sd15", True), ("sdxl", False)):  # SDXL's pipeline heeds vae.config.force_upcast
         pipe = build(family, tokenizer, dtype=torch.float16)

@@ -75,7 +75,7 @@ def test_people_are_matched_and_averaged():
     assert score["pck"]["target"]["0.1"] == 1 and score["present"]
     (score,) = score_images(found, pose, (0.1,))
     assert score["pck"]["target"]["0.1"] == 0.5 and not score["present"]
-    with pytest.raises(ValueError, match=r"pictures \[0\]"):
+    with pytest.raises(ValueError, match=r"images \[0\]"):
         score_images(found, torch.zeros_like(pose), (0.1,))
 
 
@@ -98,7 +98,7 @@ def test_one_image_has_no_interval_and_a_table():
     assert "| PCK@0.1 | 0.100 ± 0.000 | 0.500 ± 0.000 | 0.800 ± 0.000 | - | 62.5% |" in table(results)
 
 
-def test_kernel_distance_needs_many_pictures_and_tells_renders_from_noise(root: Path):
+def test_kernel_distance_needs_many_images_and_tells_renders_from_noise(root: Path):
     detector = KeypointDetector.from_pretrained(root / "rg/models/detector")
     torch.manual_seed(0)
     flat = torch.rand(KERNEL_IMAGES, 3, 1, 1).expand(-1, -1, 64, 64) * 2 - 1

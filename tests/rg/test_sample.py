@@ -34,7 +34,7 @@ def controls(root, tmp_path, backbone):
 @pytest.mark.parametrize(
     ("task", "variant"), [("pose", "keypoints"), ("pose", "rgb"), ("depth", "rgb"), ("edge", "rgb")]
 )
-def test_controls_are_the_labels_of_held_out_pictures(tmp_path, controls, task, variant):
+def test_controls_are_the_labels_of_held_out_images(tmp_path, controls, task, variant):
     control, prompts = controls(task, SpatialHead(**WIDTHS, variant=variant), "images=2", "pose=1")
     samples = read_shards(tmp_path / task / "test")
     wanted = samples.keypoints if variant == "keypoints" else samples.label / 127.5 - 1
@@ -45,26 +45,26 @@ def test_controls_are_the_labels_of_held_out_pictures(tmp_path, controls, task, 
 
 
 @pytest.mark.parametrize("task", ["depth", "edge"])
-def test_a_picture_is_a_control(tmp_path, controls, task):
-    Image.new("L", (64, 64), 255).save(tmp_path / "picture.png")
-    control, prompts = controls(task, SpatialHead(**WIDTHS), "images=2", f"control={tmp_path}/picture.png")
+def test_an_image_is_a_control(tmp_path, controls, task):
+    Image.new("L", (64, 64), 255).save(tmp_path / "image.png")
+    control, prompts = controls(task, SpatialHead(**WIDTHS), "images=2", f"control={tmp_path}/image.png")
     assert torch.equal(control, torch.ones(1, 3, 64, 64)) and prompts == ["", ""]
 
 
 @pytest.mark.parametrize(
     ("make", "side", "words"),
     [
-        (lambda: SpatialHead(**WIDTHS), 32, r"control: expected pictures \(B,3,64,64\), got \(1, 3, 32, 32\)"),
+        (lambda: SpatialHead(**WIDTHS), 32, r"control: expected images \(B,3,64,64\), got \(1, 3, 32, 32\)"),
         (lambda: SpatialHead(**WIDTHS, variant="keypoints"), 64, "a head of variant=keypoints expects"),
-        (lambda: AppearanceHead(**WIDTHS), 64, "AppearanceHead compares with the readout of a reference picture"),
+        (lambda: AppearanceHead(**WIDTHS), 64, "AppearanceHead compares with the readout of a reference image"),
     ],
 )
-def test_a_control_that_does_not_fit_is_refused_before_any_picture(tmp_path, controls, make, side, words):
-    Image.new("RGB", (side, side)).save(tmp_path / "picture.png")
+def test_a_control_that_does_not_fit_is_refused_before_any_image(tmp_path, controls, make, side, words):
+    Image.new("RGB", (side, side)).save(tmp_path / "image.png")
     with pytest.raises(ValueError, match=words):
-        controls("depth", make(), f"control={tmp_path}/picture.png")
+        controls("depth", make(), f"control={tmp_path}/image.png")
 
 
 def test_labels_cannot_be_the_control_of_a_relative_head(controls):
-    with pytest.raises(ValueError, match="AppearanceHead compares with the readout of a reference picture"):
+    with pytest.raises(ValueError, match="AppearanceHead compares with the readout of a reference image"):
         controls("depth", AppearanceHead(**WIDTHS), "images=1")

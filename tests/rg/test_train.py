@@ -32,7 +32,7 @@ class Crash(Callback):
 
 
 def run(data, run_dir, *overrides, experiment="pose_100", checkpoint_every=3, crash_at=None):
-    """Trains a tiny head on 12 pictures: 6 steps of 4 pictures, epochs of 4 steps."""
+    """Trains a tiny head on 12 images: 6 steps of 4 images, epochs of 4 steps."""
     words = [f"+experiment={experiment}", "~logger.wandb", f"run_dir={run_dir}", f"data.builder.root={data}"]
     words += [
         "data.size=12",
@@ -73,7 +73,7 @@ def uninterrupted(folder):
     return run(folder / "data", folder / "whole")
 
 
-def test_missing_pictures_are_made(folder, uninterrupted):
+def test_missing_images_are_made(folder, uninterrupted):
     made = {path.name for path in (folder / "data").rglob("*.tar")}
     assert {path.name for path in (folder / "data").iterdir()} == {"train", "val"} and made
 
@@ -104,7 +104,7 @@ def test_validation_is_logged_for_every_noise_level(folder, uninterrupted):
         losses = logged(folder / "whole", f"val/loss_t{level}")
         assert losses[3] != losses[6]
     figures = {f"{name}-{step:06d}.png" for name in ("readouts", "mixing_weights") for step in (4, 6)}
-    assert {path.name for path in (folder / "whole/pictures").iterdir()} == figures
+    assert {path.name for path in (folder / "whole/images").iterdir()} == figures
 
 
 @pytest.mark.parametrize("checkpoint_every", [3, 4], ids=["middle-of-epoch", "end-of-epoch"])

@@ -14,11 +14,11 @@ from rg.heads import load_head
 from rg.train import train
 
 ROOT = Path(__file__).parents[2]
-PICTURES = {"correspondence": 2, "appearance": 4, "identity": 5}
+IMAGES = {"correspondence": 2, "appearance": 4, "identity": 5}
 NEGATIVES = {"appearance": ("edited", "rendered"), "identity": ("edited", "lookalike", "stranger")}
 
 
-@pytest.fixture(scope="module", params=list(PICTURES))
+@pytest.fixture(scope="module", params=list(IMAGES))
 def trained(request, tmp_path_factory):
     """Name and run folder of a run of 3 steps on 4 groups; it finds no data and makes it."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
@@ -34,11 +34,11 @@ def trained(request, tmp_path_factory):
     return name, folder, train(config, folder / "run")
 
 
-def test_the_run_leaves_its_head_pictures_and_scores(trained):
+def test_the_run_leaves_its_head_images_and_scores(trained):
     name, folder, head = trained
     loaded = load_head(folder / "run/head")
     assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in head.state_dict().items())
-    assert {path.name for path in (folder / "run/pictures").iterdir()} == {
+    assert {path.name for path in (folder / "run/images").iterdir()} == {
         "readouts-000003.png",
         "mixing_weights-000003.png",
     }
@@ -53,7 +53,7 @@ def test_the_run_leaves_its_head_pictures_and_scores(trained):
 def test_what_it_was_trained_on(trained):
     name, folder, _ = trained
     groups = read_shards(folder / "data/train")
-    assert len(groups) == 4 and groups.image.shape[1:] == (PICTURES[name], 3, 64, 64)
+    assert len(groups) == 4 and groups.image.shape[1:] == (IMAGES[name], 3, 64, 64)
     seen = groups.points[..., 2].all(2).sum(1)
     assert (seen >= 8).all() if name == "correspondence" else not seen.any()
 

@@ -53,7 +53,7 @@ class Card:
         self.judges = Judges(settings["detector"], settings["classifier"], device=self.backbone.device)
 
     def results(self) -> tuple[dict[str, Any], Tensor]:
-        """Everything that the card tells, and the pictures of the contact sheet."""
+        """Everything that the card tells, and the images of the contact sheet."""
         cfg = self.settings
         scenes = self.scenes("samples", cfg["images"])
         figures, sets = self.main_figures(scenes)
@@ -66,7 +66,7 @@ class Card:
         return {"model": model_id(self.backbone), **figures, "sheet": scenes.prompt[: len(sheet)]}, sheet
 
     def main_figures(self, scenes: Stills) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Autoencoder, distances, people and fidelity, and the sets of pictures that they are of."""
+        """Autoencoder, distances, people and fidelity, and the sets of images that they are of."""
         sets = {f"scale {s:g}": self.sample(f"scale_{s:g}", scenes.prompt, s) for s in self.settings["scales"]}
         sets["ceiling"], drawn = reconstruct(self.backbone, scenes.image, self.seed)
         reference = self.scenes("reference", self.settings["images"]).image
@@ -104,7 +104,7 @@ class Card:
             result[name] = {}
             for source in ("samples", "ceiling"):
                 before, after = (
-                    self.judges.read(self.pictures(source, s, pairs.indices)) for s in (pairs.before, pairs.after)
+                    self.judges.read(self.images(source, s, pairs.indices)) for s in (pairs.before, pairs.after)
                 )
                 result[name][source] = flips(before, after, truth, words, name)
         return result
@@ -121,7 +121,7 @@ class Card:
             set_num_threads(before)
         return [{**entry, "device": device} for entry in found]
 
-    def pictures(self, source: str, scenes: Sequence[Scene], indices: Sequence[int]) -> Tensor:
+    def images(self, source: str, scenes: Sequence[Scene], indices: Sequence[int]) -> Tensor:
         """Samples of the prompts of scenes, or ("ceiling") their renders through the autoencoder."""
         if source == "samples":
             return self.sample("changed", [scene.prompt for scene in scenes], self.scale, indices)
@@ -174,7 +174,7 @@ if __name__ == "__main__":
 
 
 class Judges:
-    """The shipped judges, or those in the folders given, on pictures (N, 3, H, W) uint8."""
+    """The shipped judges, or those in the folders given, on images (N, 3, H, W) uint8."""
 
     def __init__(self, detector: str, classifier: str, *, device: str | torch.device) -> None:
         self.device = device
@@ -182,7 +182,7 @@ class Judges:
         self.classifier = AttributeClassifier.from_pretrained(classifier, device=device)
 
     def read(self, images: Tensor) -> list[dict[str, str]]:
-        """The classifier's word: of each picture attribute -> class."""
+        """The classifier's word: of each image attribute -> class."""
         return [*chain.from_iterable(self.classifier.read(chunk) for chunk in self._chunks(images))]
 
     def embed(self, images: Tensor) -> Tensor:
@@ -190,18 +190,18 @@ class Judges:
         return torch.cat([self.detector.embed(chunk).cpu() for chunk in self._chunks(images)])
 
     def detect(self, images: Tensor, people: int) -> Detection:
-        """Up to so many people in each picture."""
+        """Up to so many people in each image."""
         found = [self.detector.detect(chunk, people) for chunk in self._chunks(images)]
         return Detection(*(torch.cat(column).cpu() for column in zip(*found, strict=True)))
 
     def people_found(self, images: Tensor, kinds: Sequence[str], *, least: float, keypoints: int) -> dict[str, Any]:
-        """How often all people are found, and found whole, in pictures of one person and in pictures of two.
+        """How often all people are found, and found whole, in images of one person and in images of two.
 
-        "confident" says in how many pictures the least sure person has 0, 1, ..., 18 confident keypoints.
+        "confident" says in how many images the least sure person has 0, 1, ..., 18 confident keypoints.
 
         Args:
             images: (N, 3, H, W) uint8.
-            kinds: of each picture what its prompt asks for; others than "one" and "two" are left out.
+            kinds: of each image what its prompt asks for; others than "one" and "two" are left out.
             least, keypoints: who is whole, see `whole`.
         """
         result = {}
@@ -243,13 +243,13 @@ def sample(
     batch_size: int,
     **arguments: Any,
 ) -> Tensor:
-    """Samples one picture per prompt and seed: (N, 3, H, W) uint8.
+    """Samples one image per prompt and seed: (N, 3, H, W) uint8.
 
     Every batch is a file in `<folder>/<name>`, called after a hash of all that it depends on: a broken run goes on
     where it stopped, a longer one takes up what a shorter one made.
 
     Args:
-        name: of the set of pictures, for people to read.
+        name: of the set of images, for people to read.
         arguments: the pipeline's own, such as num_inference_steps and guidance_scale.
     """
     model, parts = model_id(backbone), []

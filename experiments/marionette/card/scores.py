@@ -1,4 +1,4 @@
-"""What the model card counts: pure functions of pictures, features, confidences and words."""
+"""What the model card counts: pure functions of images, features, confidences and words."""
 
 import math
 from collections import Counter
@@ -22,7 +22,7 @@ def share(hits: int, count: int) -> Share:
 
 
 def psnr(images: Tensor, originals: Tensor) -> float:
-    """Mean over pictures (N, 3, H, W) uint8 of the peak signal-to-noise ratio of each, in dB."""
+    """Mean over images (N, 3, H, W) uint8 of the peak signal-to-noise ratio of each, in dB."""
     error = ((images.double() - originals.double()) / 255).square().flatten(1).mean(1)
     return float((-10 * error.clamp_min(1e-10).log10()).mean())
 
@@ -41,7 +41,7 @@ def distance_to(features: Mapping[str, Tensor], reference: Tensor, parts: int = 
     """
     smallest = min(len(reference), *map(len, features.values()))
     if parts < 2 or smallest < 2 * parts:
-        raise ValueError(f"expected 2 parts of 2 pictures or more, got {smallest} pictures in {parts}")
+        raise ValueError(f"expected 2 parts of 2 images or more, got {smallest} images in {parts}")
 
     def without(part: int, x: Tensor) -> Tensor:
         return x[torch.arange(len(x)) % parts != part]
@@ -65,12 +65,12 @@ def distance_to(features: Mapping[str, Tensor], reference: Tensor, parts: int = 
 def distances(
     sets: Mapping[str, Tensor], reference: Tensor, embed: Callable[[Tensor], Tensor], parts: int = PARTS
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Kernel distances of sets of pictures to a reference: {"raw", "standardised"} -> set -> as of `distance_to`.
+    """Kernel distances of sets of images to a reference: {"raw", "standardised"} -> set -> as of `distance_to`.
 
     "raw" takes the features as they are, as the evaluation of guidance does. "standardised" gives every feature mean 0
     and variance 1 over the reference first: only these may be compared between two embeddings.
     """
-    features = {name: embed(pictures).double() for name, pictures in sets.items()}
+    features = {name: embed(images).double() for name, images in sets.items()}
     goal = embed(reference).double()
     mean, std = goal.mean(0), goal.std(0).clamp_min(1e-6)
     standardised = {name: (x - mean) / std for name, x in features.items()}
@@ -98,12 +98,12 @@ def named(attributes: Words, prompt: str) -> set[str]:
 def fidelity(read: Sequence[Words], truth: Sequence[Words], prompts: Sequence[str]) -> dict[str, dict[str, Share]]:
     """How often what is read is what the prompt said: {"alone", "two"} -> attribute -> share.
 
-    "two" are pictures of two people, their attributes taken together; "alone" all others. "all" is over the attributes
-    of all pictures, "every" the share of pictures in which each named attribute is right.
+    "two" are images of two people, their attributes taken together; "alone" all others. "all" is over the attributes
+    of all images, "every" the share of images in which each named attribute is right.
 
     Args:
-        read: of each picture the classes that were read; an attribute that was not read is wrong.
-        truth: of each picture the classes asked for.
+        read: of each image the classes that were read; an attribute that was not read is wrong.
+        truth: of each image the classes asked for.
         prompts: only what they name is counted, see `named`.
     """
     hits: dict[str, Counter[str]] = {"alone": Counter(), "two": Counter()}
@@ -127,7 +127,7 @@ def both(read: Sequence[Words], truth: Sequence[Words], names: tuple[str, ...] =
 def flips(
     before: Sequence[Words], after: Sequence[Words], truth: Sequence[Words], new: Sequence[str], name: str
 ) -> Any:
-    """What changing one word changed, by what was read of the pictures before and after.
+    """What changing one word changed, by what was read of the images before and after.
 
     Args:
         truth: the classes asked for before; an attribute that it leaves out is not looked at.

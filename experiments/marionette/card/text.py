@@ -14,8 +14,8 @@ def contact_sheet(images: Tensor, path: Path, columns: int = 8, enlarge: int = 2
     count, _, height, width = images.shape
     rows = -(-count // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for i, picture in enumerate(images):
-        sheet.paste(Image.fromarray(picture.permute(1, 2, 0).numpy()), (i % columns * width, i // columns * height))
+    for i, image in enumerate(images):
+        sheet.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (i % columns * width, i // columns * height))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
     sheet.resize((sheet.width * enlarge, sheet.height * enlarge), Image.Resampling.NEAREST).save(partial, format="PNG")
@@ -63,10 +63,10 @@ def measured_text(results: dict[str, Any]) -> str:
 
 
 def words_text(results: dict[str, Any]) -> str:
-    """Whether pictures show what their prompts name, and whether one word changes one thing."""
+    """Whether images show what their prompts name, and whether one word changes one thing."""
     cfg = results["settings"]
     method = _wrap(
-        "By the classifier's word. What a prompt leaves out (hair) does not count; no hat and no glasses do. Pictures",
+        "By the classifier's word. What a prompt leaves out (hair) does not count; no hat and no glasses do. Renders",
         "of one person, portraits included:",
     )
     unseen = _wrap(
@@ -79,8 +79,8 @@ def words_text(results: dict[str, Any]) -> str:
     )
     two = []
     if results["fidelity"]["ceiling"]["two"]:
-        two = ["Pictures of two people, the attributes of both:", fidelity_table(results, "two")]
-    parts = ["### Does a picture show what its prompt names?", method, fidelity_table(results, "alone"), *two]
+        two = ["Renders of two people, the attributes of both:", fidelity_table(results, "two")]
+    parts = ["### Does an image show what its prompt names?", method, fidelity_table(results, "alone"), *two]
     parts += [unseen, unseen_table(results), "### Does one word change one thing?", changed, changed_table(results)]
     return "\n\n".join(parts)
 
@@ -167,7 +167,7 @@ def main_table(results: dict[str, Any]) -> str:
 
 
 def fidelity_table(results: dict[str, Any], group: str) -> str:
-    """Fidelity by attribute for pictures of one person ("alone") or "two"."""
+    """Fidelity by attribute for images of one person ("alone") or "two"."""
     found = {name: results["fidelity"][name][group] for name in _sets(results["fidelity"])}
     rows = [[_label(k), *(_percent(f.get(k)) for f in found.values())] for k in _names(found["ceiling"])]
     return table(["", *found], rows)

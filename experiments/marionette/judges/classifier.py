@@ -14,11 +14,11 @@ from data_prep.marionette.stage import LABELS
 from data_prep.marionette.vocabulary import ATTRIBUTES
 from experiments.marionette.judges.data import (
     SECOND_PERSON,
-    Pictures,
+    Renders,
     degrade,
     is_mirrored,
     jitter,
-    render_pictures,
+    make_renders,
     through_autoencoder,
     warp,
 )
@@ -34,10 +34,10 @@ JITTER = {"turn": 0.1, "zoom": 0.1, "shift": 0.1}
 WORSE = {"blur": 0.5, "light": 0.1, "offset": 0.05, "noise": 0.06}
 CHUNK = 100
 NAMES = list(ATTRIBUTES)
-# The attribute that each one becomes when a picture of two people is mirrored: they change places.
+# The attribute that each one becomes when an image of two people is mirrored: they change places.
 _PARTNERS = [name.removeprefix(SECOND) if name.startswith(SECOND) else SECOND + name for name in NAMES]
 MIRROR = [NAMES.index(partner if partner in NAMES else name) for name, partner in zip(NAMES, _PARTNERS, strict=True)]
-# The parts that an attribute can be read from; one that is not named here the whole picture tells.
+# The parts that an attribute can be read from; one that is not named here the whole image tells.
 SEEN_ON: dict[str, tuple[str, ...]] = {
     "sky": ("sky",),
     "ground": ("ground",),
@@ -49,7 +49,7 @@ ATTENTION_WEIGHT = 0.2  # of the loss of attention that looks elsewhere
 
 
 def attribute_masks(parts: Tensor) -> Tensor:
-    """Where each attribute can be read: parts (N, H, W) uint8, see Pictures, -> (N, A, H, W) bool."""
+    """Where each attribute can be read: parts (N, H, W) uint8, see Renders, -> (N, A, H, W) bool."""
     table = torch.zeros(2 * SECOND_PERSON, len(NAMES), dtype=torch.bool)
     for i, name in enumerate(NAMES):
         first = SECOND_PERSON if name.startswith(SECOND) else 0
@@ -57,16 +57,16 @@ def attribute_masks(parts: Tensor) -> Tensor:
     return table[parts.int()].movedim(-1, 1)
 
 
-def draw_batch(pictures: Pictures, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch of `size` varied images in [-1, 1], the numbers of their classes (size, A), see Pictures, and masks.
+def draw_batch(renders: Renders, size: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of `size` varied images in [-1, 1], the numbers of their classes (size, A), see Renders, and masks.
 
     Masks (size, A, H / PATCH, W / PATCH) in [0, 1] say where the classifier's cells show each attribute.
     """
-    chosen = torch.randint(len(pictures.image), (size,), generator=generator)
-    images, classes = from_bytes(pictures.image[chosen]), pictures.classes[chosen]
+    chosen = torch.randint(len(renders.image), (size,), generator=generator)
+    images, classes = from_bytes(renders.image[chosen]), renders.classes[chosen]
     matrices, side = jitter(size, generator, **JITTER), images.shape[-1]
-    images, _ = warp(images, pictures.keypoints[chosen], matrices, side)
-    masks = crop(attribute_masks(pictures.parts[chosen]).float(), matrices, side // PATCH)
+    images, _ = warp(images, renders.keypoints[chosen], matrices, side)
+    masks = crop(attribute_masks(renders.parts[chosen]).float(), matrices, side // PATCH)
     exchanged = is_mirrored(matrices) & (classes[:, NAMES.index("people")] == 1)
     classes = torch.where(exchanged[:, None], classes[:, MIRROR], classes)
     masks = torch.where(exchanged[:, None, None, None], masks[:, MIRROR], masks)
@@ -76,7 +76,7 @@ def draw_batch(pictures: Pictures, size: int, generator: Generator) -> tuple[Ten
 def attention_loss(maps: Tensor, masks: Tensor) -> Tensor:
     """Mean of the negative logarithm of how much of each attribute's attention (B, A, h, w) its mask holds.
 
-    What a picture does not show has an empty mask, and does not count.
+    What an image does not show has an empty mask, and does not count.
     """
     masks = masks.to(maps.device)
     shown = masks.flatten(2).amax(-1) > 0.5
@@ -105,7 +105,7 @@ def accuracy(classifier: AttributeClassifier, images: Tensor, classes: Tensor, d
     return {name: right[name][classes[:, i] >= 0].float().mean().item() for i, name in enumerate(NAMES)}
 
 
-def model_card(classifier: AttributeClassifier, held_out: Pictures, decoded: Tensor, settings: dict[str, Any]) -> str:
+def model_card(classifier: AttributeClassifier, held_out: Renders, decoded: Tensor, settings: dict[str, Any]) -> str:
     """The text beside the weights: what they are, the command that made them, and their measured quality."""
     columns = [
         accuracy(classifier, images, held_out.classes, settings["device"]) for images in (held_out.image, decoded)
@@ -119,15 +119,15 @@ def model_card(classifier: AttributeClassifier, held_out: Pictures, decoded: Ten
     parameters = sum(parameter.numel() for parameter in classifier.parameters())
     return f"""# Attribute classifier
 
-Reads from a small picture whatever its prompt can name: {parameters:,} parameters, half precision. The attributes of
+Reads from a small image whatever its prompt can name: {parameters:,} parameters, half precision. The attributes of
 the right one of two people begin with `{SECOND}`. Made by
 
     python -m experiments.marionette.judges.classifier {describe(settings)}
 
-Shares read right of {len(held_out.image)} pictures that training has not seen, where the attribute applies; one picture
+Shares read right of {len(held_out.image)} images that training has not seen, where the attribute applies; one image
 in eight has colours that the embedded model never sees together.
 
-| attribute | classes | renders | through the autoencoder | pictures |
+| attribute | classes | renders | through the autoencoder | images |
 |---|---|---|---|---|
 {chr(10).join(lines)}
 """
@@ -140,8 +140,8 @@ def run(settings: dict[str, Any]) -> str:
     torch.manual_seed(settings["seed"])
     classifier = AttributeClassifier(attributes=ATTRIBUTES, widths=settings["widths"]).to(device)
 
-    def loss(network: AttributeClassifier, pictures: Pictures, empty: Tensor, generator: Generator) -> Tensor:
-        images, classes, masks = draw_batch(pictures, settings["batch_size"], generator)
+    def loss(network: AttributeClassifier, renders: Renders, empty: Tensor, generator: Generator) -> Tensor:
+        images, classes, masks = draw_batch(renders, settings["batch_size"], generator)
         with mixed_precision(device):
             maps, values, overview = network.attention(images.to(device))
             logits = network.answer(maps, values, overview)
@@ -152,7 +152,7 @@ def run(settings: dict[str, Any]) -> str:
     # The stored, half-precise weights are judged, not those in memory.
     stored = AttributeClassifier.from_pretrained(folder, device=settings["device"])
     side = backbone.resolution[0]
-    held_out = render_pictures(settings["seed"], "quality", settings["held_out"], side=side, kinds=KINDS)
+    held_out = make_renders(settings["seed"], "quality", settings["held_out"], side=side, kinds=KINDS)
     card = model_card(stored, held_out, through_autoencoder(held_out.image, backbone), settings)
     write_card(folder, card)
     return card

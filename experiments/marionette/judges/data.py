@@ -1,4 +1,4 @@
-"""What the judges learn from: labelled renders, renders through the autoencoder, and pictures without a person."""
+"""What the judges learn from: labelled renders, renders through the autoencoder, and images without a person."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ KINDS = {"one": 0.55, "two": 0.3, "portrait": 0.15}
 SPLITS = {"train": 0, "threshold": 1, "quality": 2}
 LATENT_NOISE = 0.15  # largest standard deviation added to scaled latents, whose own is 1
 CHUNK = 100
-# Every so many pictures have colours that the embedded model never sees together: a judge sees all pairs alike.
+# Every so many images have colours that the embedded model never sees together: a judge sees all pairs alike.
 UNSEEN_EVERY = 8
 NOBODY = (1e6, 1e6)  # a place on the ground that no camera sees
 SECOND_PERSON = 32  # more than there are LABELS
 
 
-class Pictures(NamedTuple):
+class Renders(NamedTuple):
     """What judges are trained on and measured by.
 
     image: (N, 3, H, W) uint8, with people. keypoints: (N, P, 18, 3), (x, y, visible) in pixels, all 0 if absent.
@@ -52,10 +52,10 @@ def class_numbers(attributes: Sequence[Mapping[str, str]]) -> Tensor:
     )
 
 
-def render_pictures(
+def make_renders(
     seed: int, split: str, count: int, *, side: int, kinds: Mapping[str, float], device: str | torch.device = "cpu"
-) -> Pictures:
-    """Renders the first `count` pictures of a split, every UNSEEN_EVERY-th of colours that are never seen together."""
+) -> Renders:
+    """Renders the first `count` images of a split, every UNSEEN_EVERY-th of colours that are never seen together."""
     parts = []
     for start in trange(0, count, CHUNK, desc=f"rendering {split}", unit_scale=CHUNK):
         indices = torch.arange(start, min(start + CHUNK, count))
@@ -67,7 +67,7 @@ def render_pictures(
                 shown = stills.parts + SECOND_PERSON * (stills.instances == 2).to(torch.uint8)
                 parts.append((chosen, stills.image, stills.keypoints, class_numbers(stills.attributes), shown))
     order, *columns = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Pictures(*(column[order.argsort()] for column in columns))
+    return Renders(*(column[order.argsort()] for column in columns))
 
 
 def through_autoencoder(images: Tensor, backbone: DiffusionBackbone, generator: Generator | None = None) -> Tensor:
@@ -88,7 +88,7 @@ def through_autoencoder(images: Tensor, backbone: DiffusionBackbone, generator: 
 
 
 def make_empty(seed: int, split: str, people: Tensor, backbone: DiffusionBackbone, generator: Generator) -> Tensor:
-    """Pictures without a person, as many as `people` (N, 3, H, W) uint8 and of each kind in turn.
+    """Renders without a person, as many as `people` (N, 3, H, W) uint8 and of each kind in turn.
 
     They are backgrounds, `people` cut into tiles that are shuffled, and decoded latents of noise, smooth or not.
     """
@@ -106,34 +106,34 @@ def make_empty(seed: int, split: str, people: Tensor, backbone: DiffusionBackbon
     return torch.stack([torch.cat(alone), shuffled.to(torch.uint8), decoded], 1).flatten(0, 1)[:n]
 
 
-def make_training_pictures(backbone: DiffusionBackbone, seed: int, count: int) -> tuple[Pictures, Tensor]:
+def make_training_renders(backbone: DiffusionBackbone, seed: int, count: int) -> tuple[Renders, Tensor]:
     """`count` renders, every second one through the autoencoder, and an eighth as many without a person (uint8)."""
     generator = Generator().manual_seed(seed)
-    pictures = render_pictures(seed, "train", count, side=backbone.resolution[0], kinds=KINDS, device=backbone.device)
-    empty = make_empty(seed, "train", pictures.image[: max(3, count // 8)], backbone, generator)
-    for images in (pictures.image, empty):
+    renders = make_renders(seed, "train", count, side=backbone.resolution[0], kinds=KINDS, device=backbone.device)
+    empty = make_empty(seed, "train", renders.image[: max(3, count // 8)], backbone, generator)
+    for images in (renders.image, empty):
         images[1::2] = through_autoencoder(images[1::2], backbone, generator)
-    return pictures, empty
+    return renders, empty
 
 
-def load_training_pictures(backbone: DiffusionBackbone, settings: Mapping[str, Any]) -> tuple[Pictures, Tensor]:
-    """`make_training_pictures`, kept in a file: both judges, and a run that goes on, need the same ones.
+def load_training_renders(backbone: DiffusionBackbone, settings: Mapping[str, Any]) -> tuple[Renders, Tensor]:
+    """`make_training_renders`, kept in a file: both judges, and a run that goes on, need the same ones.
 
     Args:
-        settings: seed, pictures (how many) and cache (a folder); other pictures get other files.
+        settings: seed, renders (how many) and cache (a folder); other renders get other files.
     """
     seed, count = settings["seed"], settings["pictures"]
-    name = repr((Pictures._fields, seed, count, KINDS, LATENT_NOISE, world_id(seed), backbone.autoencoder_id))
+    name = repr((Renders._fields, seed, count, KINDS, LATENT_NOISE, world_id(seed), backbone.autoencoder_id))
     path = Path(settings["cache"]) / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
     if not path.is_file():
-        pictures, empty = make_training_pictures(backbone, seed, count)
+        renders, empty = make_training_renders(backbone, seed, count)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file({**pictures._asdict(), "empty": empty}, partial)
+        save_file({**renders._asdict(), "empty": empty}, partial)
         partial.replace(path)
     columns = load_file(path)
     empty = columns.pop("empty")
-    return Pictures(**columns), empty
+    return Renders(**columns), empty
 
 
 def uniform(count: int, low: float, high: float, generator: Generator) -> Tensor:
@@ -145,7 +145,7 @@ def jitter(count: int, generator: Generator, *, turn: float, zoom: float, shift:
     """Random similarities, half of them mirrored, from output to input (see rg.detectors.keypoints.crop_matrices).
 
     Args:
-        turn: largest angle. zoom: largest change of scale. shift: along each axis, in halves of the picture.
+        turn: largest angle. zoom: largest change of scale. shift: along each axis, in halves of the image.
     """
     angle, scale = uniform(count, -turn, turn, generator), uniform(count, 1 - zoom, 1 + zoom, generator)
     side = 1 - 2 * (uniform(count, -1, 1, generator) < 0).float()

@@ -10,12 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Generator, Tensor
 
 from experiments.marionette.judges.data import (
-    Pictures,
+    Renders,
     compose,
     degrade,
     jitter,
     make_empty,
-    render_pictures,
+    make_renders,
     through_autoencoder,
     uniform,
     warp,
@@ -38,7 +38,7 @@ def detection_loss(cells: Tensor, absent: Tensor, keypoints: Tensor, size: Size)
 
     Args:
         cells: (B, 18, h, w) and absent: (B, 18), the detector's scores.
-        keypoints: (B, 18, 3) of (x, y, visible) in pixels of a picture of `size`; anywhere outside it: absent.
+        keypoints: (B, 18, 3) of (x, y, visible) in pixels of an image of `size`; anywhere outside it: absent.
     """
     h, w = cells.shape[-2:]
     here = inside(keypoints[..., :2], size)
@@ -90,8 +90,8 @@ def run(settings: dict[str, Any]) -> str:
         device
     )
 
-    def loss(network: KeypointDetector, pictures: Pictures, empty: Tensor, generator: Generator) -> Tensor:
-        batch = draw_batch(pictures, empty, settings["batch_size"], generator)
+    def loss(network: KeypointDetector, images: Renders, empty: Tensor, generator: Generator) -> Tensor:
+        batch = draw_batch(images, empty, settings["batch_size"], generator)
         with mixed_precision(device):
             cells, absent = network(batch.crops.to(device))
             scores, boxes = network.finder(batch.images.to(device))
@@ -137,16 +137,16 @@ def is_present(keypoints: Tensor) -> Tensor:
     return (keypoints != 0).flatten(-2).any(-1)
 
 
-def draw_batch(pictures: Pictures, empty: Tensor, size: int, generator: Generator) -> Batch:
-    """A batch of `size` pictures, an eighth of them of `empty` (M, 3, H, W) uint8, where nobody is."""
-    chosen = torch.randint(len(pictures.image), (size - size // 8,), generator=generator)
+def draw_batch(renders: Renders, empty: Tensor, size: int, generator: Generator) -> Batch:
+    """A batch of `size` renders, an eighth of them of `empty` (M, 3, H, W) uint8, where nobody is."""
+    chosen = torch.randint(len(renders.image), (size - size // 8,), generator=generator)
     nobody = torch.randint(len(empty), (size // 8,), generator=generator)
-    images = from_bytes(torch.cat([pictures.image[chosen], empty[nobody]]))
-    keypoints = pictures.keypoints[chosen]
+    images = from_bytes(torch.cat([renders.image[chosen], empty[nobody]]))
+    keypoints = renders.keypoints[chosen]
     keypoints = torch.cat([keypoints, keypoints.new_zeros(len(nobody), *keypoints.shape[1:])])
     present, side = is_present(keypoints), images.shape[-1]
 
-    # Of each picture one person is cut out; where nobody is, any square.
+    # Of each image one person is cut out; where nobody is, any square.
     person = (torch.rand(present.shape, generator=generator) * present).argmax(1)
     single = keypoints[torch.arange(size), person]
     boxes = boxes_around(single, (side, side))
@@ -173,9 +173,9 @@ CHUNK = 100
 
 
 class HeldOut(NamedTuple):
-    """Pictures of a split, (N, 3, H, W) uint8 each, and the keypoints of the people in those with people.
+    """Renders of a split, (N, 3, H, W) uint8 each, and the keypoints of the people in those with people.
 
-    one, two, portrait: (renders, renders through the autoencoder, keypoints (N, P, 18, 3)), P people in each picture.
+    one, two, portrait: (renders, renders through the autoencoder, keypoints (N, P, 18, 3)), P people in each image.
     """
 
     one: tuple[Tensor, Tensor, Tensor]
@@ -185,10 +185,10 @@ class HeldOut(NamedTuple):
 
 
 def make_held_out(backbone: DiffusionBackbone, seed: int, split: str, count: int) -> HeldOut:
-    """`count` renders of each kind, the same through the autoencoder, and as many pictures without a person."""
+    """`count` renders of each kind, the same through the autoencoder, and as many images without a person."""
     side, kinds = backbone.resolution[0], []
     for kind in ("one", "two", "portrait"):
-        renders, keypoints, *_ = render_pictures(seed, split, count, side=side, kinds={kind: 1.0})
+        renders, keypoints, *_ = make_renders(seed, split, count, side=side, kinds={kind: 1.0})
         people = 2 if kind == "two" else 1
         kinds.append((renders, through_autoencoder(renders, backbone), keypoints[:, :people]))
     return HeldOut(*kinds, make_empty(seed, split, kinds[0][0], backbone, Generator().manual_seed(seed)))
@@ -233,8 +233,8 @@ def accuracy_rows(detector: KeypointDetector, held_out: HeldOut, device: str) ->
     """Rows of a table: PCK of one person's visible and all keypoints, and of two people's and portraits' visible."""
     lines = []
     kinds = (("one person", held_out.one), ("two people", held_out.two), ("portrait", held_out.portrait))
-    for kind, (*pictures, keypoints) in kinds:
-        for made, images in zip(("renders", "through the autoencoder"), pictures, strict=True):
+    for kind, (*versions, keypoints) in kinds:
+        for made, images in zip(("renders", "through the autoencoder"), versions, strict=True):
             found = detect(detector, images, keypoints.shape[1], device)
             for counted in ("visible", "all") if kind == "one person" else ("visible",):
                 cells = " | ".join(f"{value:.3f}" for value in accuracy(found, keypoints, counted == "all"))
@@ -246,8 +246,8 @@ def count_rows(detector: KeypointDetector, held_out: HeldOut, device: str) -> st
     """Rows of a table: how often as many people are found as there are, in renders and through the autoencoder."""
     lines = []
     kinds = (("one person", 1, held_out.one), ("two people", 2, held_out.two), ("portrait", 1, held_out.portrait))
-    for name, people, pictures in (*kinds, ("nobody", 0, (held_out.empty,))):
-        found = [detect(detector, images, 2, device).present.sum(1) == people for images in pictures[:2]]
+    for name, people, versions in (*kinds, ("nobody", 0, (held_out.empty,))):
+        found = [detect(detector, images, 2, device).present.sum(1) == people for images in versions[:2]]
         cells = [f"{right.float().mean():.1%}" for right in found]
         lines.append(f"| {name} | {' | '.join([*cells, '-'][:2])} |")
     return "\n".join(lines)
@@ -258,23 +258,23 @@ def model_card(detector: KeypointDetector, held_out: HeldOut, settings: dict[str
     parameters = sum(parameter.numel() for parameter in detector.parameters())
     return f"""# Keypoint detector
 
-Finds people in a small picture, and the 18 OpenPose keypoints of each: {parameters:,} parameters, half
-precision. A first network gives boxes, a second one reads a pose from the crop around each. It judges the pictures of
+Finds people in a small image, and the 18 OpenPose keypoints of each: {parameters:,} parameters, half
+precision. A first network gives boxes, a second one reads a pose from the crop around each. It judges the images of
 an evaluation and is independent of the readout heads. Made by
 
     python -m experiments.marionette.judges.detector {describe(settings)}
 
-Measured on {len(held_out.empty)} pictures of each kind that neither training nor the threshold has seen. The box of
+Measured on {len(held_out.empty)} images of each kind that neither training nor the threshold has seen. The box of
 PCK is that of the counted keypoints; a hidden keypoint can only be guessed. Two people are matched by distance.
 
-| pictures | keypoints | {" | ".join(f"PCK@{alpha}" for alpha in ALPHAS)} |
+| images | keypoints | {" | ".join(f"PCK@{alpha}" for alpha in ALPHAS)} |
 |---|---|---|---|---|
 {accuracy_rows(detector, held_out, settings["device"])}
 
 A person of a score of {detector.threshold} or more counts as present. How often as many people are found as there
-are; the pictures of nobody are backgrounds, shuffled tiles and noise:
+are; the images of nobody are backgrounds, shuffled tiles and noise:
 
-| pictures | renders | through the autoencoder |
+| images | renders | through the autoencoder |
 |---|---|---|
 {count_rows(detector, held_out, settings["device"])}
 """

@@ -1,4 +1,4 @@
-"""The training that the judges share: from labelled pictures to a network, and the parts of a model card."""
+"""The training that the judges share: from labelled images to a network, and the parts of a model card."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Generator, Tensor
 
-from experiments.marionette.judges.data import Pictures, load_training_pictures
+from experiments.marionette.judges.data import Renders, load_training_renders
 from experiments.marionette.renders import world_id
 from experiments.marionette.trainer import Trainer
 from rg.backbone.diffusion import DiffusionBackbone
@@ -23,28 +23,28 @@ PLACES = ("output", "folder", "cache")
 
 def train(
     network: Judge,
-    loss: Callable[[Judge, Pictures, Tensor, Generator], Tensor],
+    loss: Callable[[Judge, Renders, Tensor, Generator], Tensor],
     backbone: DiffusionBackbone,
     settings: Mapping[str, Any],
 ) -> Judge:
     """Trains a network, or goes on where the same training was stopped, and returns its average, ready to judge.
 
     Args:
-        loss: of one step on training pictures and pictures without a person; all chance comes from the generator.
+        loss: of one step on training images and images without a person; all chance comes from the generator.
         settings: as of conf/train_detector.yaml. Other settings, another autoencoder and another world train in other
             folders below settings["folder"].
     """
     chosen = {key: value for key, value in settings.items() if key not in PLACES} | RECIPE
     chosen |= {"autoencoder": backbone.autoencoder_id, "world": world_id(settings["seed"])}
     name = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
-    pictures = None
+    images = None
 
     def step(network: Judge, generator: Generator) -> Tensor:
-        nonlocal pictures
-        if pictures is None:  # a training that is finished needs none
-            pictures = load_training_pictures(backbone, settings)
-        # Pictures are varied on the CPU wherever the network is.
-        return loss(network, *pictures, Generator().manual_seed(generator.initial_seed()))
+        nonlocal images
+        if images is None:  # a training that is finished needs none
+            images = load_training_renders(backbone, settings)
+        # Renders are varied on the CPU wherever the network is.
+        return loss(network, *images, Generator().manual_seed(generator.initial_seed()))
 
     trainer = Trainer(network, step, chosen | {"preview_minutes": math.inf}, Path(settings["folder"]) / name)
     trainer.run(math.inf, lambda network, path: None)

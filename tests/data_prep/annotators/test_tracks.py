@@ -12,7 +12,7 @@ from data_prep.sources.marionette import MarionettePairs
 
 
 def texture(side=64, seed=0):
-    """A smooth random picture (side, side, 3) uint8."""
+    """A smooth random image (side, side, 3) uint8."""
     noise = np.random.default_rng(seed).integers(256, size=(side, side, 3)).astype(np.float32)
     smooth = cv2.GaussianBlur(noise, (0, 0), 1.5)
     return ((smooth - smooth.min()) / np.ptp(smooth) * 255).astype(np.uint8)
@@ -44,7 +44,7 @@ def test_a_known_motion_is_followed_from_any_frame():
     assert (tracks - expected).norm(dim=-1).max() < 0.15
 
 
-def test_a_point_that_leaves_the_picture_is_lost_for_good():
+def test_a_point_that_leaves_the_image_is_lost_for_good():
     video = torch.cat([moving(4, (6.0, 0.0)), moving(4, (6.0, 0.0)).flip(0)])
     _, visible = LucasKanade().track(video, torch.tensor([[0, 55.0, 30.0], [0, 20.0, 30.0]]))
     assert visible[:, 1].all()

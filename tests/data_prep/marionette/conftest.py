@@ -34,7 +34,7 @@ def person() -> Callable[..., Person]:
 def scene() -> Callable[..., Scene]:
     """A scene by day on grass: `scene(person(), kind="one", camera=Camera(yaw=1.0))`.
 
-    Its camera stands 3 units in front of the origin at a height of 0.9, level: a unit there is half of the picture.
+    Its camera stands 3 units in front of the origin at a height of 0.9, level: a unit there is half of the image.
     """
 
     def make(*people: Person, kind: str = "one", camera: Camera | None = None, **fields: Any) -> Scene:

@@ -31,7 +31,7 @@ def assert_pixels(found, *expected):
 
 
 def test_a_camera_in_front_by_hand(views):
-    # At (0, 0.9, 3): a unit at the origin is half of the picture, a unit at z = 1 three quarters.
+    # At (0, 0.9, 3): a unit at the origin is half of the image, a unit at z = 1 three quarters.
     found = project(views(Camera()), (0, 0.9, 0), (0.3, 1.2, 0), (-0.2, 0.9, 1), (0, 0, -3))
     assert_pixels(
         found[0],
@@ -43,7 +43,7 @@ def test_a_camera_in_front_by_hand(views):
 
 
 def test_pixel_centres_lie_at_integers(views):
-    # The left edge of the picture is half a pixel to the left of pixel 0's centre, the right one right of the last.
+    # The left edge of the image is half a pixel to the left of pixel 0's centre, the right one right of the last.
     camera = views(Camera())
     for resolution in (1, 64, 100):
         corners = project(camera, (-1, 1.9, 0), (1, -0.1, 0), resolution=resolution)
@@ -56,7 +56,7 @@ def test_yaw_walks_around_to_the_right_and_elevation_climbs(views):
     torch.testing.assert_close(turned.position.T, expected, atol=1e-12, rtol=0)
     # From the side of +x, what lies at -z is on the right.
     assert_pixels(project(turned, (0, 0.9, -0.25))[0], (1.25 / 2 * 64 - 0.5, 31.5))
-    # From above, what is farther off on the ground is higher up in the picture.
+    # From above, what is farther off on the ground is higher up in the image.
     ground = project(turned, (0, 0, 0), (0, 0, -1))[1, :, 1]
     assert ground[1] < ground[0] < 64
 

@@ -1,4 +1,4 @@
-"""Paints and textures by hand and in pictures, light, and shadows by brute force."""
+"""Paints and textures by hand and in images, light, and shadows by brute force."""
 
 import math
 from dataclasses import replace
@@ -125,7 +125,7 @@ def spread_over(axis, radius, places):
 
 
 def read_part(one, start, frame, points, normals, shoot, resolution=320):
-    """The unlit colours (3,N) that a picture shows of points of a part, and which of them it shows."""
+    """The unlit colours (3,N) that an image shows of points of a part, and which of them it shows."""
     stage = set_stage([one])
     world, facing = start[:, None] + frame.T @ points, frame.T @ normals
     still = shoot(one, resolution=resolution, supersampling=1)
@@ -150,7 +150,7 @@ def read_part(one, start, frame, points, normals, shoot, resolution=320):
     ],
 )
 def test_textures_stick_to_the_part_when_pose_and_camera_change(scene, person, shoot, placed, uniform, name, texture):
-    """Places on a part keep their colour from one picture to another of the same person in another pose."""
+    """Places on a part keep their colour from one image to another of the same person in another pose."""
     part = next(i for i, part in enumerate(PARTS) if part.label == name)
     worn = {f"{garment}_pattern": texture for garment in ("shirt", "trousers")} | {"girth": 1.1}
     worn |= {"shirt": "green", "trousers": "orange"}
@@ -177,7 +177,7 @@ def test_textures_stick_to_the_part_when_pose_and_camera_change(scene, person, s
 
 
 def test_every_pixel_of_clothes_is_its_paint_in_the_parts_axes(shoot, placed):
-    """Pictures of drawn scenes against paint looked up at the points that the depth map puts on the body."""
+    """Images of drawn scenes against paint looked up at the points that the depth map puts on the body."""
     resolution, checked = 80, 0
     for index in range(5):
         one = draw_scene((12, 0, index), {"one": 1.0})
@@ -307,16 +307,16 @@ def test_the_texture_of_the_ground_stays_on_the_ground(scene, ground):
 
 
 def test_each_sky_and_ground_has_its_colours(scene):
-    pictures = {
+    images = {
         (sky, ground): look_around(scene(sky=sky, ground=ground)).color.view(3, 48, 48)
         for sky in SKIES
         for ground in GROUNDS
     }
-    for (sky, ground), picture in pictures.items():
-        near = picture[:, -12:].mean((1, 2))
+    for (sky, ground), image in images.items():
+        near = image[:, -12:].mean((1, 2))
         expected = torch.tensor(GROUNDS[ground].color) * SKIES[sky].brightness
         assert (near - expected).abs().max() < 25, (sky, ground)
-    brightness = {sky: pictures[sky, "grass"].mean().item() for sky in SKIES}
+    brightness = {sky: images[sky, "grass"].mean().item() for sky in SKIES}
     assert brightness["night"] < brightness["dusk"] < brightness["day"]
 
 

@@ -16,7 +16,7 @@ def vector(*values):
 
 
 def cast_one(start, end, radius, side=48):
-    """Depths (side*side,), inf for a miss, and hits of a picture of one capsule."""
+    """Depths (side*side,), inf for a miss, and hits of an image of one capsule."""
     ends = vector(start, end)[..., None, None]
     hits = cast(Capsules(ends[0], ends[1], vector([radius])), side, FOCAL)
     depth = torch.full((side * side,), torch.inf)
@@ -25,7 +25,7 @@ def cast_one(start, end, radius, side=48):
 
 
 def rays(side):
-    """The rays of a picture in float64, (3, side*side)."""
+    """The rays of an image in float64, (3, side*side)."""
     x, y = torch.meshgrid(*[((torch.arange(side).double() + 0.5) / side * 2 - 1) / FOCAL] * 2, indexing="xy")
     return torch.stack([x, -y, -torch.ones_like(x)]).flatten(1)
 
@@ -66,12 +66,12 @@ def test_sphere_in_closed_form():
 @pytest.mark.parametrize(
     ("start", "end"),
     [
-        ((-0.5, 0.1, -3.0), (0.4, 0.3, -3.0)),  # across the picture
+        ((-0.5, 0.1, -3.0), (0.4, 0.3, -3.0)),  # across the image
         ((-0.3, -0.2, -3.6), (0.1, 0.3, -2.5)),  # slanted towards the camera
         ((0.2, 0.1, -2.4), (0.25, 0.1, -3.9)),  # nearly along a ray
         ((0.0, 0.0, -3.5), (0.0, 0.0, -2.4)),  # straight at the camera
         ((0.0, 0.0, -2.4), (0.0, 0.0, -3.5)),  # straight away from it
-        ((0.8, 0.9, -3.0), (1.7, 1.2, -2.7)),  # half outside of the picture
+        ((0.8, 0.9, -3.0), (1.7, 1.2, -2.7)),  # half outside of the image
         ((0.1, -0.3, -0.5), (0.4, 0.9, -9.0)),  # from near to far
     ],
 )
@@ -168,7 +168,7 @@ def test_normals_point_from_the_axis(distance, uniform):
     torch.testing.assert_close(normals(point.detach(), start, end, radius.detach()), slope)
 
 
-def test_boxes_hold_the_picture_of_their_cube(uniform):
+def test_boxes_hold_the_image_of_their_cube(uniform):
     center = uniform(3, 60, seed=6) - vector(0, 0, 0.7)[:, None]
     radius = 0.05 + 0.4 * uniform(60, seed=7).abs()
     left, right, bottom, top = box(center, radius, FOCAL)
@@ -195,7 +195,7 @@ def test_fragments_by_hand():
 
 def test_fragments_are_the_cells_within_each_box(uniform):
     side, low, high = 7, *(1.4 * uniform(2, 3, 20, 2, seed=10)).sort(0).values
-    low[0, 0], high[0, 0] = -50.0, 50.0  # holds the picture
+    low[0, 0], high[0, 0] = -50.0, 50.0  # holds the image
     ray, index = fragments(low[..., 0], high[..., 0], low[..., 1], high[..., 1], side)
     cells = rays(side)[:2] * FOCAL
     within = torch.ones(3, 20, side * side, dtype=torch.bool)
@@ -213,7 +213,7 @@ def test_nearest_takes_the_least_depth_and_on_a_tie_the_first():
 
 
 def test_boxes_lose_no_hit():
-    """A picture of drawn scenes against every ray cast at every capsule."""
+    """An image of drawn scenes against every ray cast at every capsule."""
     side, scenes = 40, [draw_scene((3, 1, index)) for index in range(10)]
     bodies = set_stage(scenes).seen
     hits = cast(bodies, side, FOCAL)

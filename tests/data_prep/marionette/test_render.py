@@ -18,8 +18,8 @@ from rg.points import KEYPOINTS
 BEHIND = (0.0, 9.0)  # the camera: a scene always has a person
 
 
-def picture(stills, index):
-    """Everything about one picture of a batch."""
+def image(stills, index):
+    """Everything about one image of a batch."""
     return {field.name: getattr(stills, field.name)[index] for field in fields(Stills)}
 
 
@@ -33,10 +33,10 @@ def test_a_seed_gives_the_same_bits_in_every_batch():
     together, backwards = render(seeds), render(seeds[::-1])
     some = render(seeds[3:10:3], kinds=KINDS)
     for index, seed in enumerate(seeds):
-        assert_same(picture(together, index), picture(render([seed]), 0))
-        assert_same(picture(together, index), picture(backwards, len(seeds) - 1 - index))
+        assert_same(image(together, index), image(render([seed]), 0))
+        assert_same(image(together, index), image(backwards, len(seeds) - 1 - index))
     for index in range(3):
-        assert_same(picture(together, 3 + 3 * index), picture(some, index))
+        assert_same(image(together, 3 + 3 * index), image(some, index))
 
 
 def test_splits_and_seeds_are_disjoint():
@@ -45,10 +45,10 @@ def test_splits_and_seeds_are_disjoint():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_renders_the_same_picture_up_to_rounding():
+def test_a_gpu_renders_the_same_image_up_to_rounding():
     seeds = [(0, 1, index) for index in range(32)]
     here, there = render(seeds), render(seeds, device="cuda")
-    assert_same(picture(there, 5), picture(render(seeds[5:6], device="cuda"), 0))
+    assert_same(image(there, 5), image(render(seeds[5:6], device="cuda"), 0))
     for field in fields(Stills):
         one, other = getattr(here, field.name), getattr(there, field.name)
         if not isinstance(one, torch.Tensor):
@@ -114,7 +114,7 @@ def test_depth_is_larger_nearer_and_nothing_in_the_sky(scene, person, shoot):
     assert post.median() == pytest.approx(1 / 4.95, rel=0.01)
 
 
-def test_depth_and_picture_are_averaged_over_the_pixel():
+def test_depth_and_image_are_averaged_over_the_pixel():
     fine, coarse = (render([(5, 0, 0)], resolution=n, supersampling=128 // n) for n in (128, 32))
     blocks = fine.depth.unflatten(1, (32, 4)).unflatten(3, (32, 4)).mean((2, 4))
     torch.testing.assert_close(coarse.depth, blocks, atol=1e-5, rtol=0)

@@ -74,7 +74,7 @@ BUILD = {
     "eye_height": (-0.012, 0.016), "nose_size": (0.7, 1.6), "mouth_width": (0.6, 1.5), "mouth_height": (-0.012, 0.014),
     "hair_volume": (0.96, 1.07), "hair_fall": (0.16, 0.34),
 }  # fmt: skip
-VIEWS = {  # per kind: scale, shift to the right and upwards in halves of the picture
+VIEWS = {  # per kind: scale, shift to the right and upwards in halves of the image
     "one": ((0.85, 1.08), (-0.3, 0.3), (0.87, 0.93)),
     "two": ((0.66, 0.88), (-0.1, 0.1), (0.87, 0.93)),
     "portrait": ((2.5, 3.3), (-0.15, 0.15), (-0.25, 0.05)),
@@ -114,11 +114,11 @@ def test_every_number_is_uniform_in_its_range(drawn):
 
 @pytest.fixture(scope="module")
 def points(drawn):
-    """Keypoints (1000,2,18,3) of the first drawn scenes in pictures of 64 pixels."""
+    """Keypoints (1000,2,18,3) of the first drawn scenes in images of 64 pixels."""
     return keypoints(set_stage(drawn[:1000]), 64)
 
 
-def test_nearly_all_people_have_head_and_feet_in_the_picture(drawn, points):
+def test_nearly_all_people_have_head_and_feet_in_the_image(drawn, points):
     single = torch.tensor([one.kind == "one" for one in drawn[:1000]])
     names = {
         "head": ("nose", "left_eye", "right_ear"),

@@ -1,4 +1,4 @@
-"""Where joints are in the picture and which of them are visible: by hand, and the rule by brute force."""
+"""Where joints are in the image and which of them are visible: by hand, and the rule by brute force."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_a_person_with_open_arms_shows_every_joint(scene, person):
     assert seen(look(scene(person(**OPEN)))) == set(KEYPOINTS)
 
 
-def test_keypoints_grow_with_the_picture(scene, person):
+def test_keypoints_grow_with_the_image(scene, person):
     small, large = (look(scene(person(yaw=0.5)), resolution) for resolution in (64, 192))
     torch.testing.assert_close((small[0, :, :2] + 0.5) * 3 - 0.5, large[0, :, :2])
     assert torch.equal(small[..., 2], large[..., 2])
@@ -123,7 +123,7 @@ def test_an_own_part_hides_a_joint_only_from_its_radius_on_and_another_persons_a
     assert keypoints(stage, 64)[0, 0, KEYPOINTS.index("left_ear"), 2] == visible
 
 
-def test_a_joint_outside_of_the_picture_keeps_its_place_and_is_not_visible(scene, person):
+def test_a_joint_outside_of_the_image_keeps_its_place_and_is_not_visible(scene, person):
     found = look(scene(person(place=(0.85, 0.0), right_arm_spread=0.3)))
     x, y, visible = found[0, KEYPOINTS.index("left_wrist")].tolist()
     assert (x, y, visible) == pytest.approx((*pixel(0.85 + 0.19, PELVIS - 0.05), 0), abs=1e-4)
@@ -191,7 +191,7 @@ def front_by_brute_force(direction, start, end, radius):
     return min(first[first > 0], default=np.inf)
 
 
-def test_visibility_follows_the_rule_in_a_brute_force_picture():
+def test_visibility_follows_the_rule_in_a_brute_force_image():
     scenes = [draw_scene((4, 0, index), {"one": 0.3, "two": 0.6, "portrait": 0.1}) for index in range(6)]
     stage = set_stage(scenes)
     ends, radius = [ends.numpy() for ends in (stage.seen.start, stage.seen.end)], stage.seen.radius.numpy()
@@ -216,7 +216,7 @@ def test_visibility_follows_the_rule_in_a_brute_force_picture():
     assert not wrong and hidden > 20
 
 
-def test_visible_joints_are_seen_in_a_large_picture(shoot):
+def test_visible_joints_are_seen_in_a_large_image(shoot):
     """The same rule read from label and depth maps of 512 pixels, where a pixel is a quarter of a centimetre wide."""
     for index in range(3):
         stills = shoot(draw_scene((14, 0, index), {"one": 1.0}), resolution=512, supersampling=1)

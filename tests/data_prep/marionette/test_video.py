@@ -1,4 +1,4 @@
-"""Videos: smooth motion of one scene, and tracks that stay on the surfaces that the pictures show."""
+"""Videos: smooth motion of one scene, and tracks that stay on the surfaces that the images show."""
 
 import math
 from dataclasses import fields
@@ -104,7 +104,7 @@ def test_tracks_stay_on_their_part_and_their_paint():
 
 
 def test_a_point_on_the_chest_by_hand(scene, person):
-    """Before a camera at (0, 0.9, 3), turned away, behind another person, and to the side of the picture."""
+    """Before a camera at (0, 0.9, 3), turned away, behind another person, and to the side of the image."""
     stage = set_stage(
         [
             scene(person(), person(place=(3.0, 0.0)), kind="two"),

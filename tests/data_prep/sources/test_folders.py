@@ -7,7 +7,7 @@ from PIL import Image
 
 from data_prep.annotators.files import FileLabels
 from data_prep.annotators.rendered import ExactPose
-from data_prep.cropping import crop_box, crop_picture, crop_points
+from data_prep.cropping import crop_box, crop_image, crop_points
 from data_prep.records import Skip
 from data_prep.sources.folders import FolderSource
 from data_prep.sources.marionette import MarionetteSource
@@ -15,12 +15,12 @@ from rg.points import draw_skeletons
 
 
 def save(path, size, squares=(), mode="RGB"):
-    """A black picture of (height, width) with one white pixel at each (x, y)."""
+    """A black image of (height, width) with one white pixel at each (x, y)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.new(mode, size[::-1])
+    image = Image.new(mode, size[::-1])
     for place in squares:
-        picture.putpixel(place, (255, 255, 255))
-    picture.save(path, lossless=True)
+        image.putpixel(place, (255, 255, 255))
+    image.save(path, lossless=True)
 
 
 def person(**places):
@@ -32,7 +32,7 @@ def person(**places):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     return tmp_path / "pictures"
 
 
@@ -42,8 +42,8 @@ def labels(tmp_path):
     return tmp_path / "labels"
 
 
-def folder(pictures, resolution=4):
-    return FolderSource(path=str(pictures), resolution=resolution, validation_share=0, test_share=0)
+def folder(images, resolution=4):
+    return FolderSource(path=str(images), resolution=resolution, validation_share=0, test_share=0)
 
 
 def read_all(source):
@@ -55,11 +55,11 @@ def label_all(source, labels, **options):
     return FileLabels(path=str(labels), **options).annotate(samples)
 
 
-def test_folder_is_read_sorted_by_name(pictures):
+def test_folder_is_read_sorted_by_name(images):
     for name in ("b/z.PNG", "a.webp", "b/c.jpg", "b.jpeg"):
-        save(pictures / name, (6, 6))
-    (pictures / "notes.md").write_text("no picture")
-    assert [item.file.as_posix() for item in read_all(folder(pictures))] == ["a.webp", "b.jpeg", "b/c.jpg", "b/z.PNG"]
+        save(images / name, (6, 6))
+    (images / "notes.md").write_text("no image")
+    assert [item.file.as_posix() for item in read_all(folder(images))] == ["a.webp", "b.jpeg", "b/c.jpg", "b/z.PNG"]
 
 
 @pytest.mark.parametrize(("size", "box"), [((8, 12), (2, 0, 8)), ((13, 8), (0, 2, 8)), ((8, 8), (0, 0, 8))])
@@ -67,15 +67,15 @@ def test_centre_square(size, box):
     assert crop_box(size) == box
 
 
-def test_picture_and_keypoints_are_cropped_and_resized_alike(pictures, labels):
+def test_image_and_keypoints_are_cropped_and_resized_alike(images, labels):
     # 8 x 12 pixels: the square is x 2..9. Pixel (6, 3) becomes (4, 3) of 8 x 8, and a quarter of pixel (2, 1) of 4 x 4.
-    save(pictures / "a.png", (8, 12), [(6, 3)])
+    save(images / "a.png", (8, 12), [(6, 3)])
     (labels / "a.json").write_text(json.dumps({"keypoints": [person(k0=(6, 3), k1=(1, 3), k2=(1.5, -0.5))]}))
-    sample = read_all(folder(pictures))[0]
+    sample = read_all(folder(images))[0]
     expected = torch.zeros(3, 4, 4, dtype=torch.uint8)
     expected[:, 1, 2] = 64
     assert torch.equal(sample.image, expected) and sample.original == (8, 12)
-    label = label_all(folder(pictures), labels)[0]
+    label = label_all(folder(images), labels)[0]
     assert label.keypoints[0, 0].tolist() == [(4 + 0.5) / 2 - 0.5, (3 + 0.5) / 2 - 0.5, 1]
     assert label.keypoints[0, 1, 2] == 0, "left of the square"
     assert label.keypoints[0, 2].tolist() == [-0.5, -0.5, 1], "the square's own corner"
@@ -83,61 +83,61 @@ def test_picture_and_keypoints_are_cropped_and_resized_alike(pictures, labels):
 
 def test_centre_of_mass_follows_the_keypoint():
     keypoints = torch.tensor([person(k0=(21, 13))])
-    picture = Image.new("RGB", (31, 24))
-    picture.putpixel((21, 13), (255, 255, 255))
-    small = crop_picture(picture, 7)[0]
+    image = Image.new("RGB", (31, 24))
+    image.putpixel((21, 13), (255, 255, 255))
+    small = crop_image(image, 7)[0]
     x, y, visible = crop_points(keypoints, (24, 31), 7)[0, 0]
     assert visible == 1
     assert small[round(float(y)), round(float(x))] == small.max() > 0
 
 
-def test_png_label_is_cropped_as_the_picture(pictures, labels):
-    save(pictures / "a" / "b.jpg", (8, 12))
+def test_png_label_is_cropped_as_the_image(images, labels):
+    save(images / "a" / "b.jpg", (8, 12))
     save(labels / "a" / "b.png", (8, 12), [(6, 3)])
-    label = label_all(folder(pictures, 8), labels)[0]
-    assert label.picture[:, 3, 4].tolist() == [255, 255, 255] and label.picture.sum() == 3 * 255
+    label = label_all(folder(images, 8), labels)[0]
+    assert label.image[:, 3, 4].tolist() == [255, 255, 255] and label.image.sum() == 3 * 255
     assert label.keypoints.shape == (0, 18, 3)
 
 
-def test_skeleton_is_drawn_where_there_is_only_json(pictures, labels):
-    save(pictures / "a.png", (16, 16))
+def test_skeleton_is_drawn_where_there_is_only_json(images, labels):
+    save(images / "a.png", (16, 16))
     (labels / "a.json").write_text(json.dumps({"keypoints": [person(k0=(8, 4), k1=(8, 9))]}))
-    label = label_all(folder(pictures, 16), labels, line_width=3.0)[0]
+    label = label_all(folder(images, 16), labels, line_width=3.0)[0]
     drawn = draw_skeletons(label.keypoints[None], (16, 16), (16, 16), 3.0)[0]
-    assert torch.equal(label.picture, (drawn * 255).round().byte()) and label.picture.any()
+    assert torch.equal(label.image, (drawn * 255).round().byte()) and label.image.any()
     save(labels / "a.png", (16, 16))
-    label = label_all(folder(pictures, 16), labels)[0]
-    assert not label.picture.any() and len(label.keypoints) == 1
+    label = label_all(folder(images, 16), labels)[0]
+    assert not label.image.any() and len(label.keypoints) == 1
 
 
-def test_pictures_of_16_bits_keep_their_levels(pictures, labels):
-    save(pictures / "a.png", (4, 4))
+def test_images_of_16_bits_keep_their_levels(images, labels):
+    save(images / "a.png", (4, 4))
     levels = (np.arange(16, dtype=np.uint16) * 4369).reshape(4, 4)  # 0, 1/15, ..., 1 of 65535
     Image.fromarray(levels).save(labels / "a.png")
-    label = label_all(folder(pictures), labels)[0]
-    assert label.picture[0].flatten().tolist() == [17 * i for i in range(16)]
-    assert (label.picture == label.picture[0]).all()
+    label = label_all(folder(images), labels)[0]
+    assert label.image[0].flatten().tolist() == [17 * i for i in range(16)]
+    assert (label.image == label.image[0]).all()
 
 
-def test_nothing_is_drawn_without_a_line_width(pictures, labels):
-    save(pictures / "a.png", (16, 16))
+def test_nothing_is_drawn_without_a_line_width(images, labels):
+    save(images / "a.png", (16, 16))
     (labels / "a.json").write_text(json.dumps({"keypoints": [person(k0=(8, 4), k1=(8, 9))]}))
-    (skip,) = label_all(folder(pictures, 16), labels, line_width=None)
+    (skip,) = label_all(folder(images, 16), labels, line_width=None)
     assert skip == Skip(f"a.png has no label: {labels / 'a.png'} does not exist")
 
 
-def test_prompt_is_the_text_beside_the_picture(pictures):
-    save(pictures / "a.png", (4, 4))
-    save(pictures / "b.png", (4, 4))
-    (pictures / "b.txt").write_text("two cats\n")
-    assert [item.prompt for item in read_all(folder(pictures))] == ["", "two cats"]
+def test_prompt_is_the_text_beside_the_image(images):
+    save(images / "a.png", (4, 4))
+    save(images / "b.png", (4, 4))
+    (images / "b.txt").write_text("two cats\n")
+    assert [item.prompt for item in read_all(folder(images))] == ["", "two cats"]
 
 
-def test_unreadable_pictures_are_skipped_by_name(pictures):
-    save(pictures / "a.png", (40, 40))
-    (pictures / "b.png").write_bytes((pictures / "a.png").read_bytes()[:50])
-    (pictures / "c.jpg").write_text("no picture")
-    read = read_all(folder(pictures))
+def test_unreadable_images_are_skipped_by_name(images):
+    save(images / "a.png", (40, 40))
+    (images / "b.png").write_bytes((images / "a.png").read_bytes()[:50])
+    (images / "c.jpg").write_text("no image")
+    read = read_all(folder(images))
     assert [isinstance(item, Skip) for item in read] == [False, True, True]
     assert read[1].reason.startswith("b.png cannot be read: ") and read[2].reason.startswith("c.jpg cannot be read: ")
 
@@ -146,32 +146,32 @@ def test_unreadable_pictures_are_skipped_by_name(pictures):
     ("name", "content", "words"),
     [
         (None, None, "a.jpg has no label: neither .*/labels/a.png nor a.json exists"),
-        ("a.png", (8, 11), r"a.png: expected the picture's size \(8, 12\), found \(8, 11\)"),
-        ("a.png", b"no picture", "a.png cannot be read"),
+        ("a.png", (8, 11), r"a.png: expected the image's size \(8, 12\), found \(8, 11\)"),
+        ("a.png", b"no image", "a.png cannot be read"),
         ("a.json", b"{", "a.json: expected .*people x 18 x"),
         ("a.json", b"{}", "a.json: expected .*people x 18 x.*KeyError"),
         ("a.json", b'{"keypoints": [[[1, 2, 1]]]}', r"found the shape \(1, 1, 3\)"),
         ("a.json", json.dumps({"keypoints": [person(k3=(float("nan"), 1))]}).encode(), "not finite"),
     ],
 )
-def test_bad_labels_are_skipped_with_a_reason(pictures, labels, name, content, words):
-    save(pictures / "a.jpg", (8, 12))
+def test_bad_labels_are_skipped_with_a_reason(images, labels, name, content, words):
+    save(images / "a.jpg", (8, 12))
     if isinstance(content, bytes):
         (labels / name).write_bytes(content)
     elif name:
         save(labels / name, content)
-    skip = label_all(folder(pictures), labels)[0]
+    skip = label_all(folder(images), labels)[0]
     assert isinstance(skip, Skip)
     with pytest.raises(AssertionError, match=words):
         raise AssertionError(skip.reason)
 
 
-def test_split_of_a_picture_depends_on_its_name_and_the_seed_only(pictures):
+def test_split_of_an_image_depends_on_its_name_and_the_seed_only(images):
     for number in range(300):
-        save(pictures / f"{number}.png", (1, 1))
+        save(images / f"{number}.png", (1, 1))
 
     def splits(**options):
-        source = FolderSource(path=str(pictures), resolution=4, **options)
+        source = FolderSource(path=str(images), resolution=4, **options)
         return {file.name: split for split, files in source.files.items() for file in files}
 
     before = splits()
@@ -179,22 +179,22 @@ def test_split_of_a_picture_depends_on_its_name_and_the_seed_only(pictures):
     assert sum(counts.values()) == 300 and 210 < counts["train"] < 270 and 15 < counts["val"] < 50
     assert splits(seed=1) != before
     for number in range(0, 300, 2):
-        (pictures / f"{number}.png").unlink()
+        (images / f"{number}.png").unlink()
     assert splits().items() <= before.items()
     assert set(splits(validation_share=1, test_share=0).values()) == {"val"}
 
 
-def test_another_set_of_names_is_another_description(pictures):
-    save(pictures / "a.png", (4, 4))
-    before = folder(pictures).describe("train")
-    assert folder(pictures).describe("train") == before
-    save(pictures / "b.png", (4, 4))
-    assert folder(pictures).describe("train") != before
+def test_another_set_of_names_is_another_description(images):
+    save(images / "a.png", (4, 4))
+    before = folder(images).describe("train")
+    assert folder(images).describe("train") == before
+    save(images / "b.png", (4, 4))
+    assert folder(images).describe("train") != before
 
 
-def test_bad_arguments(pictures, tmp_path):
-    with pytest.raises(ValueError, match="expected a folder of pictures, found none at path="):
-        folder(pictures)
+def test_bad_arguments(images, tmp_path):
+    with pytest.raises(ValueError, match="expected a folder of images, found none at path="):
+        folder(images)
     with pytest.raises(ValueError, match="expected a folder of labels, found none at path="):
         FileLabels(path=str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"validation_share=0\.9, test_share=0\.2"):
@@ -213,5 +213,5 @@ def test_marionette_splits_differ_and_batches_do_not_matter():
     labels = ExactPose(line_width=1.5).annotate(whole)
     for item, label in zip(whole, labels, strict=True):
         drawn = draw_skeletons(item.keypoints[None], (16, 16), (16, 16), 1.5)[0]
-        assert torch.equal(label.picture, (drawn * 255).round().byte())
+        assert torch.equal(label.image, (drawn * 255).round().byte())
         assert torch.equal(label.keypoints, item.keypoints)

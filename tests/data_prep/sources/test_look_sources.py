@@ -50,7 +50,7 @@ def test_a_look_alike_differs_in_its_build_and_eyes_alone_and_stands_elsewhere()
     assert len(set(people)) == 18
 
 
-def test_faces_fill_their_pictures_and_look_at_the_camera():
+def test_faces_fill_their_images_and_look_at_the_camera():
     seen = render_scenes(
         [s for i in range(8) for s in MarionetteFaces().scenes((0, 0, i))], resolution=64, supersampling=1
     )
@@ -88,7 +88,7 @@ def groups(count, negatives=None):
     return [SourceGroup(str(i), images[i], f"a person {i}", "video", negatives=negatives) for i in range(count)]
 
 
-def test_an_edit_depends_on_its_picture_alone(editor):
+def test_an_edit_depends_on_its_image_alone(editor):
     labels, (alone,) = editor.annotate(groups(12)), editor.annotate(groups(12)[11:])
     assert len(labels) == 12 and torch.equal(labels[11].images, alone.images)
     for label, group in zip(labels, groups(12), strict=True):

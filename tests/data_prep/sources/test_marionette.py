@@ -63,7 +63,7 @@ def folder(tmp_path):
             size = (48, 40) if (name, number) == ("mixed", 2) else (40, 32)
             frame = Image.fromarray(np.roll(base, number, 1)).resize(size, Image.Resampling.BICUBIC)
             frame.save(videos / name / f"{number:05}.jpg")
-    (videos / "torn/00001.jpg").write_bytes(b"no picture")
+    (videos / "torn/00001.jpg").write_bytes(b"no image")
     (videos / "bear.txt").write_text("a bear walks\n")
     return videos
 

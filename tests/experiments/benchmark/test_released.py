@@ -1,4 +1,4 @@
-"""The re-created schedule: its passes are counted, its gradient and its pictures are those of our guidance."""
+"""The re-created schedule: its passes are counted, its gradient and its images are those of our guidance."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ POINTS = {"source": torch.tensor([[[1, 2], [5, 3]]]), "destination": torch.tenso
 
 @pytest.fixture
 def spatial(tiny_pipeline, tiny_head, poses):
-    """A pipeline, a head, its target (poses of two pictures) and the energy that the schedule takes."""
+    """A pipeline, a head, its target (poses of two images) and the energy that the schedule takes."""
     pipe, target = tiny_pipeline(), poses(2)
     pipe.unet.requires_grad_(False)
     head = tiny_head(pipe.unet, variant="rgb")
@@ -30,7 +30,7 @@ def starts(count):
     return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(7))
 
 
-def test_a_guided_step_takes_twelve_forwards_and_four_backwards_per_picture(spatial, denoise):
+def test_a_guided_step_takes_twelve_forwards_and_four_backwards_per_image(spatial, denoise):
     pipe, head, target, compare = spatial
     settings = {"head": head, "compare": compare, "num_inference_steps": 3, "guidance_scale": 2.0}
     with counted_passes(pipe.unet) as passes:
@@ -58,7 +58,7 @@ def test_its_gradient_of_one_branch_is_ours(spatial):
     assert not gradient[:2].any(), "no gradient reaches a reference"
 
 
-def test_its_pictures_are_those_of_the_released_preset(spatial, denoise):
+def test_its_images_are_those_of_the_released_preset(spatial, denoise):
     pipe, head, target, compare = spatial
     latents, prompt = starts(4), "a person in a red shirt"
     given = {"head": head, "compare": compare, "num_inference_steps": 4, "guidance_scale": 2.0}

@@ -5,8 +5,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments.benchmark.speed import benchmark, lacking_memory, task_results
 from experiments.benchmark import speed as command
+from experiments.benchmark.speed import benchmark, lacking_memory, task_results
 from experiments.benchmark.workloads import Settings, modes_of
 
 SMALL = [

@@ -1,4 +1,4 @@
-"""Pictures, a trained autoencoder and a trained pipeline, each the smallest there is, made once."""
+"""Renders, a trained autoencoder and a trained pipeline, each the smallest there is, made once."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from experiments.marionette.autoencoder import train_autoencoder
 from experiments.marionette.denoiser import train_denoiser
-from experiments.marionette.renders import Pictures, load_pictures
+from experiments.marionette.renders import Renders, load_renders
 
 
 @pytest.fixture(scope="session")
@@ -17,24 +17,24 @@ def settings(training: Callable[..., dict[str, Any]], tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
-    """8 pictures."""
-    return load_pictures(tmp_path_factory.mktemp("pictures"), seed=1, split="train", count=8, workers=1)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Renders:
+    """8 images."""
+    return load_renders(tmp_path_factory.mktemp("pictures"), seed=1, split="train", count=8, workers=1)
 
 
 @pytest.fixture(scope="session")
-def autoencoder(pictures: Pictures, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an autoencoder after 3 steps on the pictures."""
+def autoencoder(images: Renders, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an autoencoder after 3 steps on the images."""
     folder = tmp_path_factory.mktemp("autoencoder")
-    assert train_autoencoder(pictures, pictures.image[:4], settings["autoencoder"], folder, float("inf")) == "done"
+    assert train_autoencoder(images, images.image[:4], settings["autoencoder"], folder, float("inf")) == "done"
     return folder
 
 
 @pytest.fixture(scope="session")
 def trained(
-    pictures: Pictures, autoencoder: Path, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    images: Renders, autoencoder: Path, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The folder of a denoiser after 3 steps on the latents of the autoencoder."""
     folder = tmp_path_factory.mktemp("denoiser")
-    assert train_denoiser(pictures.prompt, autoencoder, settings["denoiser"], folder, float("inf")) == "done"
+    assert train_denoiser(images.prompt, autoencoder, settings["denoiser"], folder, float("inf")) == "done"
     return folder

@@ -16,7 +16,7 @@ from experiments.marionette.autoencoder import (
     slopes,
     train_autoencoder,
 )
-from experiments.marionette.renders import Pictures
+from experiments.marionette.renders import Renders
 from experiments.marionette.trainer import step_generator
 
 CPU = torch.device("cpu")
@@ -52,10 +52,9 @@ def test_loss_is_reconstruction_and_divergence() -> None:
     vae.decoder.conv_out.weight.zero_()
     vae.decoder.conv_out.bias.fill_(0.25)
     vae.post_quant_conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    pictures = torch.full((3, 3, 64, 64), 255, dtype=torch.uint8)
+    images = torch.full((3, 3, 64, 64), 255, dtype=torch.uint8)
     plain, weighted = (
-        loss_of(vae, step_generator(0, 0, CPU), pictures=pictures, batch_size=16, kl_weight=weight)
-        for weight in (0.0, 0.5)
+        loss_of(vae, step_generator(0, 0, CPU), images=images, batch_size=16, kl_weight=weight) for weight in (0.0, 0.5)
     )
     torch.testing.assert_close(plain, torch.tensor(0.75**2 + 0.75), atol=1e-5, rtol=0)
     divergence = 0.5 * (2.0**2 + math.exp(-1) - 1 + 1)
@@ -66,9 +65,9 @@ def test_loss_is_reconstruction_and_divergence() -> None:
 
 
 def test_pieces_are_one_run_and_end_in_a_model_and_latents(
-    pictures: Pictures, settings: dict[str, Any], autoencoder: Path, tmp_path: Path
+    images: Renders, settings: dict[str, Any], autoencoder: Path, tmp_path: Path
 ) -> None:
-    arguments = (pictures, pictures.image[:4], settings["autoencoder"], tmp_path, 0.0)
+    arguments = (images, images.image[:4], settings["autoencoder"], tmp_path, 0.0)
     assert [train_autoencoder(*arguments) for _ in range(4)] == ["not done yet"] * 2 + ["done", "done before"]
     for name in ("losses.csv", "quality.json", "model/config.json", "model/diffusion_pytorch_model.safetensors"):
         assert (tmp_path / name).read_bytes() == (autoencoder / name).read_bytes(), name
@@ -79,21 +78,21 @@ def test_pieces_are_one_run_and_end_in_a_model_and_latents(
     drawn = latents["mean"] + latents["spread"] * torch.randn(latents["mean"].shape)
     assert drawn.shape == (8, 4, 16, 16) and drawn.std().item() == pytest.approx(1, abs=0.02)
     vae = AutoencoderKL.from_pretrained(tmp_path / "model")
-    scaled = encode(vae, pictures.image)[0] * vae.config.scaling_factor
+    scaled = encode(vae, images.image)[0] * vae.config.scaling_factor
     torch.testing.assert_close(scaled, latents["mean"], atol=1e-4, rtol=1e-4)
     weights = load_file(tmp_path / "model/diffusion_pytorch_model.safetensors").values()
     assert all(torch.equal(weight, weight.half().float()) for weight in weights)
     note = json.loads((tmp_path / "quality.json").read_text())
-    assert note["settings"]["pictures"] == pictures.name and 0 < note["psnr_sampled"] < 60
+    assert note["settings"]["pictures"] == images.name and 0 < note["psnr_sampled"] < 60
 
 
-def test_a_seed_decides_and_other_pictures_are_refused(
-    pictures: Pictures, settings: dict[str, Any], autoencoder: Path, tmp_path: Path
+def test_a_seed_decides_and_other_images_are_refused(
+    images: Renders, settings: dict[str, Any], autoencoder: Path, tmp_path: Path
 ) -> None:
     other = settings["autoencoder"] | {"seed": 2, "steps": 1}
-    train_autoencoder(pictures, pictures.image[:4], other, tmp_path, 0.0)
+    train_autoencoder(images, images.image[:4], other, tmp_path, 0.0)
     first = (autoencoder / "losses.csv").read_text().splitlines()[1]
     assert (tmp_path / "losses.csv").read_text().splitlines()[1] != first
-    moved = pictures._replace(name="another-world")
-    with pytest.raises(ValueError, match=f"pictures={pictures.name}, got pictures=another-world"):
+    moved = images._replace(name="another-world")
+    with pytest.raises(ValueError, match=f"images={images.name}, got images=another-world"):
         train_autoencoder(moved, moved.image[:4], other, tmp_path, 0.0)

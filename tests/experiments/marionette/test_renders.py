@@ -7,19 +7,19 @@ from data_prep.marionette.render import render
 from data_prep.marionette.vocabulary import COLORS
 from experiments.marionette import renders as module
 from experiments.marionette.record import read_seconds
-from experiments.marionette.renders import Pictures, load_pictures
+from experiments.marionette.renders import Renders, load_renders
 
 
-def load(folder: Path, count: int = 5, seed: int = 3, split: str = "train") -> Pictures:
-    return load_pictures(folder, seed=seed, split=split, count=count, workers=1)
+def load(folder: Path, count: int = 5, seed: int = 3, split: str = "train") -> Renders:
+    return load_renders(folder, seed=seed, split=split, count=count, workers=1)
 
 
 def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
 
 
-def test_pictures_are_those_of_their_seeds_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FILE_PICTURES", 2)
+def test_images_are_those_of_their_seeds_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FILE_RENDERS", 2)
     monkeypatch.setattr(module, "CHUNK", 1)
     found = load(tmp_path)
     expected = render([(3, 0, index) for index in range(5)])
@@ -34,11 +34,11 @@ def test_pictures_are_those_of_their_seeds_in_order(tmp_path: Path, monkeypatch:
 def test_files_are_made_once_and_missing_ones_alone_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "FILE_PICTURES", 2)
+    monkeypatch.setattr(module, "FILE_RENDERS", 2)
     threads = torch.get_num_threads()
     first, before = load(tmp_path), times(tmp_path)
     assert torch.get_num_threads() == threads
-    assert " 5/5 " in capsys.readouterr().err  # pictures, not files
+    assert " 5/5 " in capsys.readouterr().err  # images, not files
     again = load(tmp_path)
     assert torch.equal(first.image, again.image) and first[1:] == again[1:]
     assert times(tmp_path) == before and not capsys.readouterr().err
@@ -66,6 +66,6 @@ def test_another_world_another_seed_and_another_count_have_other_names(
 
 @pytest.mark.slow
 def test_processes_render_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FILE_PICTURES", 2)
-    found = load_pictures(tmp_path, seed=3, split="train", count=4, workers=2)
+    monkeypatch.setattr(module, "FILE_RENDERS", 2)
+    found = load_renders(tmp_path, seed=3, split="train", count=4, workers=2)
     assert torch.equal(found.image, render([(3, 0, index) for index in range(4)]).image)

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from experiments.marionette.denoiser import train_denoiser
-from experiments.marionette.renders import Pictures
+from experiments.marionette.renders import Renders
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -16,9 +16,9 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def test_pieces_are_one_run_and_end_in_a_pipeline(
-    pictures: Pictures, settings: dict[str, Any], autoencoder: Path, trained: Path, tmp_path: Path
+    images: Renders, settings: dict[str, Any], autoencoder: Path, trained: Path, tmp_path: Path
 ) -> None:
-    arguments = (pictures.prompt, autoencoder, settings["denoiser"], tmp_path, 0.0)
+    arguments = (images.prompt, autoencoder, settings["denoiser"], tmp_path, 0.0)
     assert [train_denoiser(*arguments) for _ in range(4)] == ["not done yet"] * 2 + ["done", "done before"]
     assert (tmp_path / "losses.csv").read_bytes() == (trained / "losses.csv").read_bytes()
     assert weights(tmp_path / "model") == weights(trained / "model") and len(weights(tmp_path)) == 3
@@ -30,14 +30,14 @@ def test_pieces_are_one_run_and_end_in_a_pipeline(
 
 
 def test_a_seed_decides_and_another_autoencoder_is_refused(
-    pictures: Pictures, settings: dict[str, Any], autoencoder: Path, trained: Path, tmp_path: Path
+    images: Renders, settings: dict[str, Any], autoencoder: Path, trained: Path, tmp_path: Path
 ) -> None:
     other = settings["denoiser"] | {"seed": 2}
-    train_denoiser(pictures.prompt, autoencoder, other, tmp_path / "unet", 0.0)
+    train_denoiser(images.prompt, autoencoder, other, tmp_path / "unet", 0.0)
     first = (trained / "losses.csv").read_text().splitlines()[1]
     assert (tmp_path / "unet/losses.csv").read_text().splitlines()[1] != first
     shutil.copytree(autoencoder, tmp_path / "autoencoder")
     config = tmp_path / "autoencoder/model/config.json"
     config.write_text(config.read_text() + "\n")
     with pytest.raises(ValueError, match=r"autoencoder=\w{16}, got autoencoder=\w{16}:"):
-        train_denoiser(pictures.prompt, tmp_path / "autoencoder", other, tmp_path / "unet", 0.0)
+        train_denoiser(images.prompt, tmp_path / "autoencoder", other, tmp_path / "unet", 0.0)

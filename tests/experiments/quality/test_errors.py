@@ -19,7 +19,7 @@ def test_swapped_sides_are_told_from_other_errors(tmp_path: Path):
     (tmp_path / "settings.json").write_text(json.dumps({"settings": settings}))
     (tmp_path / "samples").mkdir()
     keypoints = read_shards(tmp_path / "data" / "test", 2).keypoints[:, 0, :, :2]
-    # The first picture is right, the second one right but for its sides.
+    # The first image is right, the second one right but for its sides.
     for number, points in enumerate([keypoints[0], keypoints[1, list(MIRROR)]]):
         record = {"guided": {"points": [points.tolist()]}}
         (tmp_path / "samples" / f"{number:05d}.json").write_text(json.dumps(record))

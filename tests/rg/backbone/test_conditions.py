@@ -1,4 +1,4 @@
-"""The condition of PixArt: T5's embedding, its mask, and in PixArt-alpha the size of the picture."""
+"""The condition of PixArt: T5's embedding, its mask, and in PixArt-alpha the size of the image."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_the_same_text_under_another_mask_is_another_condition(tokenizer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_pictures_size_is_a_condition_of_pixart_alpha(tokenizer, dtype):
+def test_the_images_size_is_a_condition_of_pixart_alpha(tokenizer, dtype):
     backbone = DiffusionBackbone(build("pixart_alpha", tokenizer, dtype=dtype))
     condition, like = backbone.condition(""), torch.zeros(1, dtype=dtype)
     own = condition.inputs(2, (32, 48), like)

@@ -74,7 +74,7 @@ def test_batches(root):
         "index": (4,),
         "draw": (4,),
     }
-    assert batch["prompt"] == [f"picture {index}" for index in batch["index"].tolist()]
+    assert batch["prompt"] == [f"image {index}" for index in batch["index"].tolist()]
     assert batch["index"].dtype == batch["draw"].dtype == torch.int64
     held_out = list(data.val_dataloader())
     assert torch.cat([batch["index"] for batch in held_out]).tolist() == list(range(5))
@@ -107,7 +107,7 @@ def test_without_builder_the_error_names_folder_and_command(root, make_split):
     command = rf"python -m data_prep.prepare \+recipe={root.name} split=train n=13 root={root}"
     with pytest.raises(DataError, match=f"{root}/train is too small: expected 13 .* found 12; .*: {command}"):
         ReadoutDataModule(root=str(root), **SETTINGS | {"size": 13}).prepare_data()
-    with pytest.raises(DataError, match=r"no labelled pictures in .*elsewhere/train: .* found 0; .* python"):
+    with pytest.raises(DataError, match=r"no labelled images in .*elsewhere/train: .* found 0; .* python"):
         ReadoutDataModule(root=str(root / "elsewhere"), **SETTINGS).prepare_data()
 
 

@@ -41,13 +41,13 @@ def test_missing_member_is_named(member):
         Group.decode(raw, SHARD)
 
 
-def test_points_that_no_two_pictures_share_are_refused():
+def test_points_that_no_two_images_share_are_refused():
     hidden = replace(GROUP, points=POINTS * torch.tensor([1.0, 1.0, 0.0]))
-    with pytest.raises(DataError, match=r"shard-000000.tar: json of sample 00000007 .* visible in all pictures"):
+    with pytest.raises(DataError, match=r"shard-000000.tar: json of sample 00000007 .* visible in all images"):
         Group.decode(hidden.encode(), SHARD)
 
 
-def test_latents_of_another_number_of_pictures_are_refused():
+def test_latents_of_another_number_of_images_are_refused():
     raw = replace(GROUP, latents=GROUP.latents[:1, :6]).encode()
     with pytest.raises(DataError, match="latent.npy of sample 00000007 cannot be used: expected the latents of 2"):
         Group.decode(raw, SHARD)
@@ -66,7 +66,7 @@ def test_groups_in_memory():
     assert (int(second["index"]), second["draw"], second["prompt"]) == (9, 0, GROUP.prompt)
 
 
-def test_shards_of_groups_are_read_like_those_of_pictures(tmp_path):
+def test_shards_of_groups_are_read_like_those_of_images(tmp_path):
     groups = [replace(GROUP, index=index, prompt=str(index)) for index in range(3)]
     with TarWriter(str(tmp_path / SHARD), encoder=False, mtime=0) as writer:
         for group in groups:
@@ -80,5 +80,5 @@ def test_shards_of_groups_are_read_like_those_of_pictures(tmp_path):
     with TarWriter(str(tmp_path / SHARD), encoder=False, mtime=0) as writer:
         for group in [*groups[:2], replace(larger, latents=torch.zeros(3, 8, 2, 2).half())]:
             writer.write(group.encode())
-    with pytest.raises(DataError, match="expected pictures and latents of one size"):
+    with pytest.raises(DataError, match="expected images and latents of one size"):
         read_shards(tmp_path)

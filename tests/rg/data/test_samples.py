@@ -53,8 +53,8 @@ def test_missing_member_is_named(member):
 @pytest.mark.parametrize(
     ("member", "data", "words"),
     [
-        ("image.png", b"no picture", "cannot identify"),
-        ("label.png", as_png("RGB", (4, 5)), r"expected an RGB picture of \(4, 4\), found RGB of \(5, 4\)"),
+        ("image.png", b"no image", "cannot identify"),
+        ("label.png", as_png("RGB", (4, 5)), r"expected an RGB image of \(4, 4\), found RGB of \(5, 4\)"),
         ("label.png", as_png("L", (4, 4)), "found L of"),
         ("latent.npy", as_npy(np.zeros((8, 2, 2), np.float32)), r"expected float16 of \(2C, h, w\), found float32"),
         ("latent.npy", as_npy(np.array([print]), allow_pickle=True), "allow_pickle=False"),

@@ -23,7 +23,7 @@ def test_all_samples_are_read_in_order(tmp_path, make_split):
     assert torch.equal(read.latent, torch.stack([sample.latent for sample in written]))
     assert read.keypoints.shape == (23, 2, 18, 3)
     assert torch.equal(read.keypoints[1, :1], written[1].keypoints) and not read.keypoints[1, 1:].any()
-    assert read.prompt[0] == "picture 0"
+    assert read.prompt[0] == "image 0"
 
 
 @pytest.mark.parametrize("available", [None, 25])
@@ -47,7 +47,7 @@ def test_only_the_shards_that_are_needed_are_opened(folder):
 
 
 def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"no labelled pictures in .*/nowhere: .*manifest.json does not exist"):
+    with pytest.raises(DataError, match=r"no labelled images in .*/nowhere: .*manifest.json does not exist"):
         read_shards(tmp_path / "nowhere")
 
 

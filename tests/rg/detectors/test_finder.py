@@ -3,7 +3,7 @@ import torch
 
 from rg.detectors.keypoints import (
     MARGIN,
-    PersonFinder,
+    PersonDetector,
     boxes_around,
     crop,
     crop_matrices,
@@ -13,8 +13,8 @@ from rg.detectors.keypoints import (
 )
 
 
-class Planted(PersonFinder):
-    """Gives scores to a few cells of a 32x32 picture, all boxes 8x16 around their cells."""
+class Planted(PersonDetector):
+    """Gives scores to a few cells of a 32x32 image, all boxes 8x16 around their cells."""
 
     def __init__(self, cells: dict[tuple[int, int], float]) -> None:
         super().__init__(widths=(8, 8, 8))
@@ -40,7 +40,7 @@ def test_neighbours_are_one_person_and_the_best_comes_first() -> None:
 
 
 def test_a_cell_gives_its_own_place_and_half_the_height() -> None:
-    finder = PersonFinder(widths=(8, 8, 8)).eval()
+    finder = PersonDetector(widths=(8, 8, 8)).eval()
     with torch.no_grad():
         for parameter in finder.maps.parameters():
             parameter.zero_()
@@ -74,9 +74,9 @@ def test_points_go_into_crops_and_back(size: tuple[int, int]) -> None:
 
 def test_a_crop_shows_what_its_points_say() -> None:
     rows, columns = torch.meshgrid(torch.arange(48.0), torch.arange(80.0), indexing="ij")
-    pictures = torch.stack([columns, rows])[None]  # each pixel holds its own place
+    images = torch.stack([columns, rows])[None]  # each pixel holds its own place
     matrices = crop_matrices(torch.tensor([[40.0, 20.0, 16.0, 10.0]]), (48, 80))
-    cut = crop(pictures, matrices, 32)
+    cut = crop(images, matrices, 32)
     inner = torch.tensor([[[3.0, 5.0], [20.0, 30.0]]])
     seen = torch.stack([cut[0, :, int(y), int(x)] for x, y in inner[0].tolist()])
     torch.testing.assert_close(seen, from_crops(inner, matrices, (48, 80), 32)[0], atol=1e-3, rtol=0)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rg.detectors.keypoints import MARGIN, MIRROR, KeypointDetector, PersonFinder
+from rg.detectors.keypoints import MARGIN, MIRROR, KeypointDetector, PersonDetector
 from rg.points import KEYPOINTS
 
 SHIPPED = Path(__file__).parents[3] / "rg/models/detector"
@@ -16,7 +16,7 @@ def detector() -> KeypointDetector:
     return KeypointDetector(widths=(16, 16, 24), finder_widths=(8, 8, 16), threshold=0.02).eval()
 
 
-def pictures(n: int = 3, height: int = 64, width: int = 64) -> torch.Tensor:
+def batch(n: int = 3, height: int = 64, width: int = 64) -> torch.Tensor:
     return 2 * torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(1)) - 1
 
 
@@ -27,7 +27,7 @@ def test_mirror_swaps_left_and_right_only() -> None:
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])
 def test_shapes_and_ranges(detector: KeypointDetector, size: tuple[int, int]) -> None:
-    images = pictures(3, *size)
+    images = batch(3, *size)
     cells, absent = detector(images)
     assert cells.shape == (3, 18, size[0] // 2, size[1] // 2) and absent.shape == (3, 18)
     assert detector.embed(images).shape == (3, 24)
@@ -41,11 +41,11 @@ def test_shapes_and_ranges(detector: KeypointDetector, size: tuple[int, int]) ->
 
 def test_a_map_and_absence_share_one_distribution(detector: KeypointDetector) -> None:
     with torch.no_grad():
-        mass = detector.probabilities(pictures()).sum((2, 3))
+        mass = detector.probabilities(batch()).sum((2, 3))
         assert (mass < 1).all()
         detector.absent.bias.fill_(100)
-        assert detector.probabilities(pictures()).sum((2, 3)).max() < 1e-6
-    assert not detector.detect(pictures()).present.any()
+        assert detector.probabilities(batch()).sum((2, 3)).max() < 1e-6
+    assert not detector.detect(batch()).present.any()
 
 
 class SurePose(KeypointDetector):
@@ -59,8 +59,8 @@ class SurePose(KeypointDetector):
         return torch.where(mirrored, scores.flip(-1), scores), torch.full((len(crops), 18), -50.0)
 
 
-class SureFinder(PersonFinder):
-    """Sees two people: the box of the second one is the left upper quarter of a 64 px picture."""
+class SureFinder(PersonDetector):
+    """Sees two people: the box of the second one is the left upper quarter of a 64 px image."""
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scores, boxes = torch.full((1, 16, 16), -50.0), torch.zeros(1, 16, 16, 4)
@@ -84,15 +84,15 @@ def test_sure_maps_give_their_places_with_full_confidence() -> None:
     torch.testing.assert_close(detector.detect(image).points, found.points[:, :1])
 
 
-def test_a_mirrored_picture_gives_the_mirrored_pose(detector: KeypointDetector) -> None:
-    images = pictures()
+def test_a_mirrored_image_gives_the_mirrored_pose(detector: KeypointDetector) -> None:
+    images = batch()
     with torch.no_grad():
         straight, mirrored = detector.probabilities(images), detector.probabilities(images.flip(-1))
     torch.testing.assert_close(mirrored, straight[:, list(MIRROR)].flip(-1))
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(detector: KeypointDetector) -> None:
-    images = pictures()
+def test_an_image_does_not_depend_on_its_neighbours(detector: KeypointDetector) -> None:
+    images = batch()
     alone, together = (detector.detect(x, 2).points for x in (images[1:2], images))
     torch.testing.assert_close(alone, together[1:2], atol=1e-3, rtol=0)
 
@@ -104,13 +104,13 @@ def test_stored_and_loaded_twice_is_the_same(detector: KeypointDetector, tmp_pat
     twice = KeypointDetector.from_pretrained(tmp_path / "two")
     assert once.config == detector.config and not once.training
     assert all(torch.equal(a, b) for a, b in zip(once.parameters(), twice.parameters(), strict=True))
-    torch.testing.assert_close(once(pictures())[0], detector(pictures())[0], atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(once(batch())[0], detector(batch())[0], atol=1e-2, rtol=1e-2)
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_bad_input_is_refused(detector: KeypointDetector, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="multiples of 16"):
-        detector.detect(pictures(1, 60, 64))
+        detector.detect(batch(1, 60, 64))
     with pytest.raises(ValueError, match="`widths`"):
         KeypointDetector(widths=(16, 12, 16), finder_widths=(8, 8, 8), threshold=0.5)
     with pytest.raises(ValueError, match="`widths`"):
@@ -127,5 +127,5 @@ def test_bad_input_is_refused(detector: KeypointDetector, tmp_path: Path) -> Non
 def test_shipped_detector_is_small_and_sees_nobody_in_noise() -> None:
     assert (SHIPPED / "model.safetensors").stat().st_size < 2_500_000
     detector = KeypointDetector.from_pretrained(SHIPPED)
-    assert not detector.detect(pictures(8)).present.any()
+    assert not detector.detect(batch(8)).present.any()
     assert not detector.detect(torch.linspace(-1, 1, 8)[:, None, None, None].expand(8, 3, 64, 64)).present.any()

@@ -225,7 +225,7 @@ def test_pipelines_without_the_taps_are_named():
             DiffusionBackbone(pipe)
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     unet = UNet2DModel(block_out_channels=(8,), norm_num_groups=4, **blocks)
-    refuse(DDPMPipeline(unet, DDPMScheduler()), strong(), "makes pictures from text, got a DDPMPipeline")
+    refuse(DDPMPipeline(unet, DDPMScheduler()), strong(), "makes images from text, got a DDPMPipeline")
 
 
 def test_three_branches_are_refused(tokenizer):

@@ -260,7 +260,7 @@ def test_a_pose_head_learns_on_a_saved_transformer_and_guides_it(tokenizer, pose
 
 
 def add_ip_adapter(unet, width, tokens=4):
-    """Random weights that let a U-Net attend to picture embeddings of `width` too (IP-Adapter, Ye et al., 2023)."""
+    """Random weights that let a U-Net attend to image embeddings of `width` too (IP-Adapter, Ye et al., 2023)."""
     cross = unet.config.cross_attention_dim
     attention, number = {}, 1
     for name in unet.attn_processors:
@@ -275,11 +275,11 @@ def add_ip_adapter(unet, width, tokens=4):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_picture_prompts_are_sliced_with_the_rows(tokenizer, family):
+def test_image_prompts_are_sliced_with_the_rows(tokenizer, family):
     pipe = build(family, tokenizer)
     torch.manual_seed(0)
     add_ip_adapter(pipe.unet, 6)
-    # What the unconditional half gets, then the conditional one; the pipeline repeats both for its pictures.
+    # What the unconditional half gets, then the conditional one; the pipeline repeats both for its images.
     embeddings = {"ip_adapter_image_embeds": [torch.randn(2, 1, 6)]}
     plain = denoise(pipe, family, **embeddings)
     other = denoise(pipe, family, ip_adapter_image_embeds=[torch.zeros(2, 1, 6)])

@@ -181,9 +181,9 @@ def test_gradient_that_is_not_finite_names_step_and_rows(tiny_pipeline, denoise)
             r"variant=keypoints expects \(B,P,18,3\) keypoints, got \(1, 3, 32, 32\)",
         ),
         ("keypoints", torch.ones(1, 18, 3), r"got \(1, 18, 3\)"),
-        ("rgb", torch.zeros(1, 3, 64, 64), r"expected pictures \(B,3,32,32\), got \(1, 3, 64, 64\)"),
+        ("rgb", torch.zeros(1, 3, 64, 64), r"expected images \(B,3,32,32\), got \(1, 3, 64, 64\)"),
         ("rgb", torch.zeros(1, 1, 32, 32), r"got \(1, 1, 32, 32\)"),
-        ("rgb", [Image.new("RGB", (32, 16))], r"expected pictures \(B,3,32,32\), got \(1, 3, 16, 32\)"),
+        ("rgb", [Image.new("RGB", (32, 16))], r"expected images \(B,3,32,32\), got \(1, 3, 16, 32\)"),
     ],
 )
 def test_controls_that_do_not_fit_are_named(tiny_pipeline, tiny_head, denoise, variant, control, words):

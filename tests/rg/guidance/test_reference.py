@@ -1,4 +1,4 @@
-"""References: recorded once, compared with step by step, from generated pictures and from real ones."""
+"""References: recorded once, compared with step by step, from generated images and from real ones."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_recording_changes_nothing_and_the_same_run_is_at_distance_zero(tokenize
     denoise(pipe, family, guidance)
     assert len(guidance.trace) == 4
     assert all((step.energy.abs() < 1e-5).all() for step in guidance.trace)
-    # Any number of runs: another picture is at some distance, and guidance makes it smaller.
+    # Any number of runs: another image is at some distance, and guidance makes it smaller.
     denoise(pipe, family, guidance, generator=[torch.Generator().manual_seed(9)] * 2)
     far = guidance.trace[-1].energy
     strong = ReadoutGuidance(guidance.terms, branch=branch, readout_scale=1.0, normalize="rms")
@@ -150,14 +150,14 @@ def test_a_shortened_run_counts_its_own_steps(tokenizer, family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_real_picture_is_inverted_recorded_and_guides(tokenizer, model, dtype):
+def test_a_real_image_is_inverted_recorded_and_guides(tokenizer, model, dtype):
     pipe = build(model, tokenizer, dtype=dtype)
     with torch.no_grad():
         last = pipe.transformer.proj_out if model == "pixart" else pipe.unet.conv_out
         last.weight *= 0.02  # random weights say something else at every step: nothing could invert them
     backbone = DiffusionBackbone(pipe)
-    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    latents = backbone.encode(picture)[0]
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = backbone.encode(image)[0]
     latents = latents / latents.std()
     again, prompt = {"images": 1, "steps": 50, "guidance_scale": 1.0, "eta": 0.0}, "grass at dusk"
     noise = invert(backbone, latents, num_inference_steps=50, prompt=prompt)

@@ -120,15 +120,15 @@ def test_latent_range_factor_scales_energies(tiny_pipeline, tiny_head, poses, de
 
 def test_checkpointing_recomputes_and_changes_nothing(tiny_pipeline, tiny_head, poses, denoise):
     pipe = tiny_pipeline()
-    pictures, calls = {}, Counter()
+    images, calls = {}, Counter()
     for checkpointing in (False, True):
         term = GuidanceTerm(tiny_head(pipe.unet), FixedTarget(poses(1)))
         guidance = ReadoutGuidance([term], readout_scale=300.0, checkpointing=checkpointing)
         block = pipe.unet.up_blocks[0].resnets[0]
         handle = block.register_forward_pre_hook(lambda *_, key=checkpointing: calls.update([key]))
-        pictures[checkpointing] = denoise(pipe, guidance)
+        images[checkpointing] = denoise(pipe, guidance)
         handle.remove()
-    torch.testing.assert_close(pictures[True], pictures[False], rtol=0, atol=1e-5)
+    torch.testing.assert_close(images[True], images[False], rtol=0, atol=1e-5)
     assert calls == {False: 2 * 4, True: 3 * 4}
 
 

@@ -18,7 +18,7 @@ def make_head(**hyperparameters):
 
 
 def readout(*shares):
-    """A group of readouts (1, G, 16, 1, 10): the first picture, and others that differ from it in a share of places.
+    """A group of readouts (1, G, 16, 1, 10): the first image, and others that differ from it in a share of places.
 
     Where they differ they are at right angles: the distance is the share.
     """
@@ -50,7 +50,7 @@ def test_groups_are_averaged():
     torch.testing.assert_close(negatives, {"edited": torch.tensor([0.5, 0.1])})
 
 
-def test_another_number_of_pictures_is_refused():
+def test_another_number_of_images_is_refused():
     words = r"expects readouts \(B,4,C,H,W\) of .* the negatives \['edited', 'rendered'\], got \(1, 3, 16, 1, 10\)"
     with pytest.raises(ValueError, match=words):
         make_head(negatives=BOTH).loss(readout(0.1, 0.2), {})

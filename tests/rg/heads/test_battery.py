@@ -28,14 +28,14 @@ CASES = [
 ]
 
 
-def pictures_of(head):
-    """Pictures of a sample of a head: one, a pair, or an anchor, a positive and negatives."""
+def images_of(head):
+    """Images of a sample of a head: one, a pair, or an anchor, a positive and negatives."""
     if isinstance(head, AppearanceHead):
         return 2 + len(head.hparams.negatives)
     return 2 if isinstance(head, CorrespondenceHead) else 1
 
 
-# Cells of a 4x4 readout: where three points are in the first picture of a pair, and in the second.
+# Cells of a 4x4 readout: where three points are in the first image of a pair, and in the second.
 SOURCE, DESTINATION = torch.tensor([[[0, 0], [3, 1], [1, 3]]]), torch.tensor([[[2, 2], [0, 3], [3, 0]]])
 
 
@@ -56,14 +56,14 @@ def make_head(request):
 
 def make_features(head, dtype=torch.float32, batch=2):
     generator = torch.Generator().manual_seed(1)
-    batch *= pictures_of(head)
+    batch *= images_of(head)
     maps = [torch.randn(batch, c, s, s, generator=generator, dtype=dtype) for c, s in zip(TAPS, SIZES, strict=True)]
     return maps, torch.randn(batch, EMBEDDING, generator=generator, dtype=dtype)
 
 
 def make_batch(head, dtype=torch.float32, batch=2, latent_side=4):
     generator = torch.Generator().manual_seed(2)
-    group = (pictures_of(head),) if isinstance(head, RelativeHead) else ()
+    group = (images_of(head),) if isinstance(head, RelativeHead) else ()
     points = 4 + 24 * torch.rand(batch, 1, 18, 2, generator=generator, dtype=dtype)
     keypoints = torch.cat([points, torch.ones(batch, 1, 18, 1, dtype=dtype)], -1)
     pair = torch.cat([SOURCE, DESTINATION]).transpose(0, 1).to(dtype) * 8 + 3.5  # centres of cells of 8x8 pixels
@@ -80,14 +80,14 @@ def make_batch(head, dtype=torch.float32, batch=2, latent_side=4):
 
 
 def loss_of(head, readout, batch):
-    """The loss; readouts of all pictures of a batch one after the other are put in groups for relative heads."""
+    """The loss; readouts of all images of a batch one after the other are put in groups for relative heads."""
     return head.loss(
         readout.unflatten(0, (len(batch["index"]), -1)) if isinstance(head, RelativeHead) else readout, batch
     )
 
 
 def goal(head, batch, readout):
-    """What the energy compares a readout with, and its further arguments: a label, or the next picture's readout."""
+    """What the energy compares a readout with, and its further arguments: a label, or the next image's readout."""
     if not isinstance(head, RelativeHead):
         return encoded(head, batch, readout), {}
     reference = readout.detach().roll(1, 0)

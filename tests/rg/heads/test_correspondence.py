@@ -18,14 +18,14 @@ def make_head(**hyperparameters):
 
 
 def make_batch(points, size=(8, 16)):
-    """points: pairs x points x 2 pictures x (x, y, visible), in pictures of `size`."""
+    """points: pairs x points x 2 images x (x, y, visible), in images of `size`."""
     return {"points": torch.tensor(points, dtype=torch.float32), "image": torch.zeros(len(points), 2, 3, *size)}
 
 
 def test_the_loss_is_the_mean_of_both_directions_of_the_full_matrix():
     """Against the whole matrix of cosines, written out as the paper has it."""
     head, readout = make_head(), torch.rand(2, 2, 16, 3, 4, generator=torch.Generator().manual_seed(1))
-    # Pictures of 6x8 pixels, cells of 2x2; the last point of the first pair and the first of the second do not count.
+    # Images of 6x8 pixels, cells of 2x2; the last point of the first pair and the first of the second do not count.
     places = torch.tensor([[[[0, 0], [3, 2]], [[1, 2], [2, 1]], [[0, 1], [0, 0]]]]).repeat(2, 1, 1, 1)
     seen = torch.tensor([[[1, 1], [1, 1], [1, 0]], [[0, 1], [1, 1], [1, 1]]])
     points = torch.cat([places * 2.0 + 0.5, seen[..., None]], -1)
@@ -55,16 +55,16 @@ def test_a_pair_without_a_shared_point_adds_nothing():
 
 
 def test_nearest_neighbours_by_hand():
-    """Pictures of 8x16 pixels on maps of 2x4 cells; the second map is the first moved one cell to the right."""
+    """Images of 8x16 pixels on maps of 2x4 cells; the second map is the first moved one cell to the right."""
     first = torch.eye(8).view(1, 8, 2, 4)
     second = first.roll(1, -1)
     points = torch.tensor([[[1.5, 1.5], [6.0, 7.0]]])
     assert nearest(first, second, points, (8, 16)).tolist() == [[[5.5, 1.5], [9.5, 5.5]]]
 
 
-def test_pck_counts_what_both_pictures_show():
+def test_pck_counts_what_both_images_show():
     first = torch.eye(8).view(1, 8, 2, 4)
-    # Three shared points, whose box in the second picture is 8 wide: 0.1 of it is 0.8 pixels. The fourth is hidden.
+    # Three shared points, whose box in the second image is 8 wide: 0.1 of it is 0.8 pixels. The fourth is hidden.
     points = [[[1.5, 1.5, 1], [5.5, 1.5, 1]], [[5.5, 1.5, 1], [9.5, 2.2, 1]], [[1.5, 5.5, 1], [1.5, 5.5, 1]]]
     batch = make_batch([[*points, [[9.5, 1.5, 1], [13.5, 1.5, 0]]]])
     half, whole = pair_pck(first, first.roll(1, -1), batch)
@@ -73,7 +73,7 @@ def test_pck_counts_what_both_pictures_show():
 
 def test_other_groups_than_pairs_are_refused():
     for readout in (torch.rand(2, 16, 4, 8), torch.rand(2, 3, 16, 4, 8)):
-        with pytest.raises(ValueError, match="expects readouts .* of pairs of pictures, got .*; use data="):
+        with pytest.raises(ValueError, match="expects readouts .* of pairs of images, got .*; use data="):
             make_head().loss(readout, make_batch([[[[3, 3, 1], [5, 5, 1]]]] * 2))
 
 
@@ -96,7 +96,7 @@ def trained(tiny_pipeline):
     return head, batch
 
 
-def test_pictures_of_a_pair_share_the_time_and_not_the_noise(trained):
+def test_images_of_a_pair_share_the_time_and_not_the_noise(trained):
     head, batch = trained
     _, noise, timesteps = head.draw(batch)
     assert timesteps.shape == (3,) and len(set(timesteps.tolist())) == 3
@@ -106,7 +106,7 @@ def test_pictures_of_a_pair_share_the_time_and_not_the_noise(trained):
     assert torch.equal(alone[1][0], noise[1]) and alone[2][0] == timesteps[1]
 
 
-def test_groups_are_read_as_their_pictures_are_alone(trained):
+def test_groups_are_read_as_their_images_are_alone(trained):
     head, batch = trained
     latents, noise, timesteps = head.draw(batch)
     readouts = head.read(latents, noise, timesteps)
@@ -114,7 +114,7 @@ def test_groups_are_read_as_their_pictures_are_alone(trained):
     torch.testing.assert_close(readouts[2, 1], head.read(latents[2:, 1], noise[2:, 1], timesteps[2:])[0])
 
 
-def test_equal_vectors_have_equal_colours_in_all_pictures():
+def test_equal_vectors_have_equal_colours_in_all_images():
     head, readout = make_head(), torch.rand(2, 2, 16, 4, 8)
     readout[1, 1, :, 0] = readout[0, 0, :, 2]
     colours = head.preview(readout)

@@ -40,7 +40,7 @@ def test_a_control_cannot_be_the_target(kind, tiny_pipeline, denoise):
     pipe = tiny_pipeline()
     head = make_head(kind, tap_channels=[16, 16, 8, 8], time_embed_dim=32)
     guidance = ReadoutGuidance([GuidanceTerm(head, FixedTarget(torch.zeros(1, 3, 32, 32)))])
-    words = rf"control: {kind.__name__} compares with the readout of a reference picture.* \(1, 3, 32, 32\)"
+    words = rf"control: {kind.__name__} compares with the readout of a reference image.* \(1, 3, 32, 32\)"
     with pytest.raises(ValueError, match=words):
         denoise(pipe, guidance)
 
@@ -57,7 +57,7 @@ def test_pick_takes_columns_and_rows():
 
 
 def test_points_and_boxes_in_cells():
-    # A picture of 8x16 pixels on a map of 2x4 cells, four pixels each.
+    # An image of 8x16 pixels on a map of 2x4 cells, four pixels each.
     points = torch.tensor([[-0.5, 0.0], [3.4, 3.6], [3.6, 7.4], [15.4, 7.5], [-0.6, -3.0]])
     assert cells(points, (8, 16), (2, 4)).tolist() == [[0, 0], [0, 1], [1, 1], [3, 2], [-1, -1]]
     touched = box_cells(torch.tensor([[0, 0, 16, 8], [4, 4, 8, 8], [3, 1, 5, 2]]), (8, 16), (2, 4))
@@ -75,7 +75,7 @@ def test_appearance_energy_by_hand():
     assert inside.tolist() == [0.0, 1.0]
 
 
-def test_each_picture_has_its_box():
+def test_each_image_has_its_box():
     head, readout, target = make_head(AppearanceHead), vectors(2, 16, 6, 8), vectors(1, 16, 6, 8, seed=1)
     own = torch.tensor([[0, 0, 4, 6], [3, 2, 8, 5]])
     together = head.energy(readout, target, boxes=(boxes(1, 1, 5, 5), own))

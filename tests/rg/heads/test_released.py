@@ -397,8 +397,8 @@ def test_the_command_takes_a_name_in_another_world(cache, tmp_path, tokenizer, m
     world = [f"world={family}", f"world.backbone.path={tmp_path / 'model'}", "world.backbone.precision=float32"]
     small = ["world.backbone.variant=null", "images=2", "sampling.num_inference_steps=2", "guidance=released"]
     overrides = ["head.released=pose", f"control={tmp_path / 'pose.json'}", *world, *small]
-    pictures = sample.sample(compose_sample(*overrides), tmp_path / "run")
-    assert pictures.shape == (2, 3, 32, 32) and (tmp_path / "run" / "grid.png").is_file()
+    images = sample.sample(compose_sample(*overrides), tmp_path / "run")
+    assert images.shape == (2, 3, 32, 32) and (tmp_path / "run" / "grid.png").is_file()
 
 
 @pytest.mark.slow
@@ -410,8 +410,8 @@ def test_the_command_takes_a_released_head(tmp_path, root):
     control = {"size": [side, side], "keypoints": [[[2.0 * k, 3.0 * k, 1] for k in range(18)]]}
     (tmp_path / "pose.json").write_text(json.dumps(control))
     small = ["images=1", "sampling.num_inference_steps=2", f"control={tmp_path / 'pose.json'}", "guidance=released"]
-    pictures = sample.sample(compose_sample(f"head.released={tmp_path / 'head.pt'}", *small), tmp_path / "run")
-    assert pictures.shape == (1, 3, *backbone.resolution) and (tmp_path / "run" / "grid.png").is_file()
+    images = sample.sample(compose_sample(f"head.released={tmp_path / 'head.pt'}", *small), tmp_path / "run")
+    assert images.shape == (1, 3, *backbone.resolution) and (tmp_path / "run" / "grid.png").is_file()
     torch.save(make_record(3), tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"was made for a backbone with tap channels \[8, 128, 4\]"):
         sample.sample(compose_sample(f"head.released={tmp_path / 'other.pt'}", *small), tmp_path / "run")

@@ -20,7 +20,7 @@ def make_batch(scores, count=4, kinds=("one",)):
     people = torch.zeros(count, 2, 18, 3)
     for row, label in enumerate(labels):
         people[row, : len(label.keypoints)] = label.keypoints
-    return {"label": torch.stack([label.picture for label in labels]) / 127.5 - 1, "keypoints": people}
+    return {"label": torch.stack([label.image for label in labels]) / 127.5 - 1, "keypoints": people}
 
 
 def score(head, readout, batch):
@@ -35,7 +35,7 @@ def perfect(head, batch):
 @pytest.mark.parametrize(
     ("scores", "at_least"), [("pose", {0.1: 0.5}), ("depth", {"delta1.25": 0.9}), ("edges", {"f@1px": 0.93})]
 )
-def test_a_perfect_readout_scores_well_and_another_pictures_badly(scores, at_least):
+def test_a_perfect_readout_scores_well_and_another_images_badly(scores, at_least):
     head, batch = make_head(scores), make_batch(scores)
     good, bad = (
         score(head, perfect(head, batch), batch),
@@ -52,7 +52,7 @@ def test_keypoints_are_scored_as_pose():
     assert score(head, perfect(head, batch), batch)[0.05] > 0.9
 
 
-def test_pictures_of_two_people_are_not_scored_as_pose():
+def test_images_of_two_people_are_not_scored_as_pose():
     head, batch = make_head("pose"), make_batch("pose", kinds=("two",))
     head.metrics(perfect(head, batch), batch, 50)
     assert not head.val_scores["50"].update_called

@@ -78,25 +78,25 @@ def test_balanced_mean_with_even_halves_is_the_mean():
 def test_loss_is_the_mean_of_samples_not_of_elements():
     head = make_head()
     batch = {"keypoints": scattered(2), "label": 2 * draw_skeletons(scattered(2), IMAGE, IMAGE, 2.0) - 1}
-    batch["label"][1] = -1  # a picture without a person
+    batch["label"][1] = -1  # an image without a person
     readout = torch.rand(2, 3, *READOUT) - 0.5
     each = [head.loss(readout[i : i + 1], {k: v[i : i + 1] for k, v in batch.items()}) for i in range(2)]
     torch.testing.assert_close(head.loss(readout, batch), torch.stack(each).mean())
 
 
 @pytest.mark.parametrize("control_range", [(-0.5, 0.5), (-1.0, 1.0)])
-def test_pictures_become_targets_by_area(control_range):
+def test_images_become_targets_by_area(control_range):
     low, high = control_range
-    picture = torch.full((1, 3, *IMAGE), -1.0)
-    picture[:, :, 10:12, 20:21] = 1.0  # half of cell (5, 10)
-    target = make_head(control_range=control_range).encode_target(picture, **SIZES)
+    image = torch.full((1, 3, *IMAGE), -1.0)
+    image[:, :, 10:12, 20:21] = 1.0  # half of cell (5, 10)
+    target = make_head(control_range=control_range).encode_target(image, **SIZES)
     assert target.shape == (1, 3, *READOUT)
     torch.testing.assert_close(target[:, :, 5, 10], torch.full((1, 3), (low + high) / 2))
     target[:, :, 5, 10] = low
     assert (target == low).all()  # exactly: the sparse loss compares
 
 
-def test_keypoints_become_the_picture_that_the_annotator_draws():
+def test_keypoints_become_the_image_that_the_annotator_draws():
     stills = render([(0, 0, i) for i in range(3)], kinds={"two": 1.0})
     head = make_head(output_scale=2)
     labels = draw_skeletons(stills.keypoints, IMAGE, IMAGE, ExactPose().line_width) * 2 - 1
@@ -106,9 +106,9 @@ def test_keypoints_become_the_picture_that_the_annotator_draws():
 @pytest.mark.parametrize(
     ("variant", "shape", "message"),
     [
-        ("rgb", (3, 64, 64), r"expected \(B,3,H,W\) pictures or \(B,P,18,3\) keypoints, got \(3, 64, 64\)"),
-        ("rgb", (1, 3, 32, 64), r"expected pictures \(B,3,64,64\), got \(1, 3, 32, 64\)"),
-        ("rgb", (1, 1, 64, 64), r"expected pictures \(B,3,64,64\), got \(1, 1, 64, 64\)"),
+        ("rgb", (3, 64, 64), r"expected \(B,3,H,W\) images or \(B,P,18,3\) keypoints, got \(3, 64, 64\)"),
+        ("rgb", (1, 3, 32, 64), r"expected images \(B,3,64,64\), got \(1, 3, 32, 64\)"),
+        ("rgb", (1, 1, 64, 64), r"expected images \(B,3,64,64\), got \(1, 1, 64, 64\)"),
         ("rgb", (1, 1, 17, 3), r"got \(1, 1, 17, 3\)"),
         ("keypoints", (1, 18, 3), r"got \(1, 18, 3\)"),
         (
@@ -136,7 +136,7 @@ def test_keypoints_of_an_encoded_target():
 
 
 @pytest.mark.parametrize("control_range", [(-0.5, 0.5), (-1.0, 1.0)])
-def test_keypoints_of_an_encoded_picture(control_range):
+def test_keypoints_of_an_encoded_image(control_range):
     """Joints one at a time: limbs share their hues, and the areas of a readout cell mix what overlaps."""
     head, poses = make_head(control_range=control_range), scattered(18)
     poses[..., 2] = torch.eye(18)[:, None]
@@ -159,7 +159,7 @@ def test_energy_of_a_sample_does_not_depend_on_its_neighbours(variant):
 
 
 @pytest.mark.parametrize("variant", ["rgb", "keypoints"])
-def test_preview_is_a_picture(variant):
+def test_preview_is_an_image(variant):
     head, poses = make_head(variant=variant), scattered(2)
     wild = head.preview(torch.randn(2, 3 if variant == "rgb" else 18, *READOUT) * 5)
     assert wild.shape == (2, 3, *READOUT) and wild.min() >= 0 and wild.max() <= 1
@@ -196,6 +196,6 @@ def test_contrast_adds_to_the_energy_alone():
     readout, target = torch.rand(2, 18, 8, 8), torch.rand(2, 18, 8, 8)
     added = contrasted.energy(readout, target) - plain.energy(readout, target)
     assert torch.allclose(added, 0.5 * misplacement(readout, target), atol=1e-6)
-    picture, wanted = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
-    energies = [make_head(variant="rgb", contrast=weight).energy(picture, wanted) for weight in (0.0, 0.5)]
-    assert torch.equal(*energies), "pictures have no bumps to misplace"
+    image, wanted = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
+    energies = [make_head(variant="rgb", contrast=weight).energy(image, wanted) for weight in (0.0, 0.5)]
+    assert torch.equal(*energies), "images have no bumps to misplace"

@@ -36,7 +36,7 @@ def test_people_are_matched_by_smallest_total_distance() -> None:
     visible, present = torch.ones(1, 3, 4, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)
     predicted = target[:, [2, 0, 1]]
     assert match_people(predicted, target, visible, present).tolist() == [[1, 2, 0]]
-    # Both are nearest to the second person; the pair that is nearer in all decides, pictures by themselves.
+    # Both are nearest to the second person; the pair that is nearer in all decides, images by themselves.
     crossed = torch.tensor([[9.0, 12, 50], [12, 9, 50]]).view(2, 3, 1, 1).expand(2, 3, 4, 2)
     two = [x.expand(2, *x.shape[1:]) for x in (target, visible, present)]
     assert match_people(crossed, *two).tolist() == [[0, 1, 2], [1, 0, 2]]

@@ -26,9 +26,9 @@ def random_maps(count, *, seed=0):
 
 
 def line(x, rows=slice(None), side=12):
-    picture = torch.zeros(1, side, side)
-    picture[:, rows, x] = 1
-    return picture
+    image = torch.zeros(1, side, side)
+    image[:, rows, x] = 1
+    return image
 
 
 def test_a_readout_right_up_to_scale_and_shift_is_perfect():
@@ -49,7 +49,7 @@ def test_a_constant_and_an_inverted_readout_by_hand(low, high, good):
         assert depth_scores(predicted, target) == pytest.approx(expected)
 
 
-def test_depth_scores_equal_those_of_a_loop_over_pictures():
+def test_depth_scores_equal_those_of_a_loop_over_images():
     predicted, target = random_maps(20)
     predicted = predicted + target
     expected = []
@@ -81,7 +81,7 @@ def test_far_pixels_do_not_count():
     assert far == pytest.approx(before)
 
 
-def test_pictures_without_depth_are_left_out():
+def test_images_without_depth_are_left_out():
     predicted, target = random_maps(3)
     before = depth_scores(predicted[:2], target[:2])
     target[2] = 0
@@ -90,7 +90,7 @@ def test_pictures_without_depth_are_left_out():
         depth_scores(predicted[2:], target[2:])
 
 
-# The precision of a white picture is the share of the three columns around a line.
+# The precision of a white image is the share of the three columns around a line.
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
@@ -124,7 +124,7 @@ def test_only_what_is_brighter_than_the_middle_is_an_edge():
     assert f_score(line(5) * 0.5, line(5)) == 0
 
 
-def test_pictures_without_edges():
+def test_images_without_edges():
     nothing = torch.zeros(1, 12, 12)
     assert f_score(nothing, nothing) == 1
     assert f_score(line(5), nothing) == 0

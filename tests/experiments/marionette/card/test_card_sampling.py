@@ -20,7 +20,7 @@ def test_samples_are_kept_and_taken_up(tiny_pipeline: Callable[..., StableDiffus
     files[1].unlink()  # as if it had been stopped after the first batch
     assert torch.equal(sample(backbone, PROMPTS, [7, 8, 9], tmp_path, **settings), images)
     assert files[0].stat().st_mtime_ns == made[0] and files[1].stat().st_mtime_ns > made[1]
-    # A picture depends on its prompt and seed, not on its batch.
+    # An image depends on its prompt and seed, not on its batch.
     alone = sample(backbone, PROMPTS[2:], [9], tmp_path, **{**settings, "name": "alone"})
     assert (alone[0].int() - images[2].int()).abs().max() <= 1
 

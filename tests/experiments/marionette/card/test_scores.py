@@ -47,14 +47,14 @@ def test_the_excess_is_surer_than_what_it_is_taken_from():
 
 def test_standardised_distances_do_not_know_the_scale_of_the_features():
     generator = torch.Generator().manual_seed(0)
-    pictures, renders = (torch.randn(40, 6, generator=generator) for _ in range(2))
-    small, large = (distances({"s": pictures}, renders, lambda x, f=f: f * x + 1, 4) for f in (0.1, 10.0))
+    images, renders = (torch.randn(40, 6, generator=generator) for _ in range(2))
+    small, large = (distances({"s": images}, renders, lambda x, f=f: f * x + 1, 4) for f in (0.1, 10.0))
     assert small["standardised"]["s"]["value"] == pytest.approx(large["standardised"]["s"]["value"])
     assert small["raw"]["s"]["value"] != pytest.approx(large["raw"]["s"]["value"])
 
 
-def test_too_few_pictures_for_the_parts_are_refused():
-    with pytest.raises(ValueError, match="got 7 pictures in 4"):
+def test_too_few_images_for_the_parts_are_refused():
+    with pytest.raises(ValueError, match="got 7 images in 4"):
         distance_to({"few": torch.zeros(7, 2)}, torch.zeros(9, 2), parts=4)
 
 
@@ -105,6 +105,6 @@ def test_a_flip_is_the_asked_for_change_and_nothing_else():
     assert "shirt" not in found["changed"]
 
 
-def test_a_wrong_picture_before_is_no_flip():
+def test_a_wrong_image_before_is_no_flip():
     found = flips([{**ONE, "shirt": "green"}], [{**ONE, "shirt": "blue"}], [ONE], ["blue"], "shirt")
     assert found["flipped"]["share"] == 0

@@ -10,7 +10,7 @@ def matrices(seed: int, count: int = 16) -> torch.Tensor:
 def test_keypoints_stay_on_their_pixels() -> None:
     """A bright dot drawn at each keypoint is found where its keypoint went."""
     keypoints = torch.zeros(16, 1, 18, 3)
-    # A pair of sides whose dots differ, so that a mirrored picture must swap them.
+    # A pair of sides whose dots differ, so that a mirrored image must swap them.
     keypoints[:, 0, 2, :2], keypoints[:, 0, 5, :2] = torch.tensor([20.0, 30.0]), torch.tensor([44.0, 38.0])
     rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     images = torch.full((16, 3, 64, 64), -0.7)
@@ -36,7 +36,7 @@ def test_composed_is_one_after_the_other() -> None:
     torch.testing.assert_close(at_once, then, atol=1e-3, rtol=1e-3)
 
 
-def test_degraded_pictures_stay_in_range_and_repeat() -> None:
+def test_degraded_images_stay_in_range_and_repeat() -> None:
     images = 2 * torch.rand(4, 3, 16, 16) - 1
     arguments = {"blur": 1.0, "light": 0.2, "offset": 0.1, "noise": 0.1}
     one, again = (degrade(images, torch.Generator().manual_seed(3), **arguments) for _ in range(2))

@@ -16,7 +16,7 @@ from experiments.marionette.judges.classifier import (
     draw_batch,
     run,
 )
-from experiments.marionette.judges.data import SECOND_PERSON, Pictures, render_pictures
+from experiments.marionette.judges.data import SECOND_PERSON, Renders, make_renders
 from rg.detectors.attributes import AttributeClassifier
 
 ROOT = Path(__file__).parents[4]
@@ -42,8 +42,8 @@ def test_batch_exchanges_the_attributes_of_two_people_with_their_places() -> Non
     bright[..., :32] = 255
     parts = torch.full((2, 64, 64), LABELS.index("trunk"), dtype=torch.uint8)
     parts[..., 32:] += SECOND_PERSON
-    pictures = Pictures(bright, torch.zeros(2, 2, 18, 3), classes, parts)
-    images, found, masks = draw_batch(pictures, 32, torch.Generator().manual_seed(0))
+    renders = Renders(bright, torch.zeros(2, 2, 18, 3), classes, parts)
+    images, found, masks = draw_batch(renders, 32, torch.Generator().manual_seed(0))
     assert images.shape == (32, 3, 64, 64) and images.abs().max() <= 1
     mirrored = images[..., 32:].mean((1, 2, 3)) > images[..., :32].mean((1, 2, 3))
     two = found[:, NAMES.index("people")] == 1
@@ -100,15 +100,15 @@ def test_command_runs_and_writes_a_card(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_overfits_a_few_pictures() -> None:
-    pictures = render_pictures(3, "train", 8, side=64, kinds={"one": 0.5, "two": 0.5})
+def test_overfits_a_few_images() -> None:
+    images = make_renders(3, "train", 8, side=64, kinds={"one": 0.5, "two": 0.5})
     torch.manual_seed(0)
     classifier = AttributeClassifier(attributes=ATTRIBUTES, widths=(16, 24, 32))
     optimizer = torch.optim.AdamW(classifier.parameters(), 3e-3)
     for _ in range(150):
-        loss = classification_loss(classifier(pictures.image.float() / 127.5 - 1), pictures.classes)
+        loss = classification_loss(classifier(images.image.float() / 127.5 - 1), images.classes)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    right = accuracy(classifier.eval(), pictures.image, pictures.classes, "cpu")
+    right = accuracy(classifier.eval(), images.image, images.classes, "cpu")
     assert all(share == 1 or share != share for share in right.values()), right

@@ -11,10 +11,10 @@ from experiments.marionette.judges.data import (
     KINDS,
     SECOND_PERSON,
     class_numbers,
-    load_training_pictures,
+    load_training_renders,
     make_empty,
-    make_training_pictures,
-    render_pictures,
+    make_renders,
+    make_training_renders,
     through_autoencoder,
 )
 from rg.backbone.diffusion import DiffusionBackbone
@@ -35,10 +35,10 @@ def test_classes_are_numbers_and_what_does_not_apply_is_marked() -> None:
     }  # fmt: skip
 
 
-def test_splits_and_pictures_are_reproducible_and_differ() -> None:
-    first, again = (render_pictures(3, "train", 3, side=32, kinds=ONE) for _ in range(2))
+def test_splits_and_images_are_reproducible_and_differ() -> None:
+    first, again = (make_renders(3, "train", 3, side=32, kinds=ONE) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first.image, render_pictures(3, "quality", 3, side=32, kinds=ONE).image)
+    assert not torch.equal(first.image, make_renders(3, "quality", 3, side=32, kinds=ONE).image)
     stills = render([(3, 0, index) for index in range(3)], resolution=32, kinds=ONE)
     assert torch.equal(first.image, stills.image) and torch.equal(first.keypoints, stills.keypoints)
     assert torch.equal(first.classes, class_numbers(stills.attributes))
@@ -47,14 +47,14 @@ def test_splits_and_pictures_are_reproducible_and_differ() -> None:
 
 def test_parts_of_the_second_person_have_numbers_of_their_own() -> None:
     two = {"two": 1.0}
-    stills, pictures = render([(3, 0, 0)], resolution=32, kinds=two), render_pictures(3, "train", 1, side=32, kinds=two)
-    second = pictures.parts >= SECOND_PERSON
+    stills, images = render([(3, 0, 0)], resolution=32, kinds=two), make_renders(3, "train", 1, side=32, kinds=two)
+    second = images.parts >= SECOND_PERSON
     assert torch.equal(second, stills.instances == 2) and second.any()
-    assert len(LABELS) <= SECOND_PERSON and torch.equal(pictures.parts % SECOND_PERSON, stills.parts)
+    assert len(LABELS) <= SECOND_PERSON and torch.equal(images.parts % SECOND_PERSON, stills.parts)
 
 
-def test_every_eighth_picture_has_colours_never_seen_together() -> None:
-    classes = render_pictures(3, "train", 16, side=16, kinds=ONE).classes
+def test_every_eighth_image_has_colours_never_seen_together() -> None:
+    classes = make_renders(3, "train", 16, side=16, kinds=ONE).classes
     shirt, trousers = (classes[:, list(ATTRIBUTES).index(name)] for name in ("shirt", "trousers"))
     colors = ATTRIBUTES["shirt"]
     unseen = [UNSEEN_PAIRS[colors[a]] == colors[b] for a, b in zip(shirt, trousers, strict=True)]
@@ -63,7 +63,7 @@ def test_every_eighth_picture_has_colours_never_seen_together() -> None:
 
 def test_the_autoencoder_gives_its_mean_or_a_sample(tiny_pipeline: Callable[..., Any]) -> None:
     backbone = DiffusionBackbone(tiny_pipeline())
-    images = render_pictures(3, "train", 2, side=32, kinds=ONE).image
+    images = make_renders(3, "train", 2, side=32, kinds=ONE).image
     mean = through_autoencoder(images, backbone)
     exact = to_bytes(backbone.decode(backbone.encode(from_bytes(images))[0]))
     assert mean.dtype == torch.uint8 and (mean.int() - exact.int()).abs().float().mean() < 1
@@ -72,9 +72,9 @@ def test_the_autoencoder_gives_its_mean_or_a_sample(tiny_pipeline: Callable[...,
     assert torch.equal(sample, through_autoencoder(images, backbone, torch.Generator().manual_seed(0)))
 
 
-def test_empty_pictures_of_a_tiny_backbone(tiny_pipeline: Callable[..., Any]) -> None:
+def test_empty_images_of_a_tiny_backbone(tiny_pipeline: Callable[..., Any]) -> None:
     backbone = DiffusionBackbone(tiny_pipeline())
-    people = render_pictures(5, "train", 7, side=32, kinds=ONE).image
+    people = make_renders(5, "train", 7, side=32, kinds=ONE).image
     empty = make_empty(5, "train", people, backbone, torch.Generator().manual_seed(0))
     assert empty.shape == people.shape and empty.dtype == torch.uint8
     # In turn: the scene without its person (the sky above is the same), the same pixels elsewhere, noise.
@@ -83,17 +83,17 @@ def test_empty_pictures_of_a_tiny_backbone(tiny_pipeline: Callable[..., Any]) ->
     assert not torch.equal(empty[1], people[0])
 
 
-def test_training_pictures_are_kept(tiny_pipeline: Callable[..., Any], tmp_path: Path) -> None:
+def test_training_images_are_kept(tiny_pipeline: Callable[..., Any], tmp_path: Path) -> None:
     backbone = DiffusionBackbone(tiny_pipeline())
-    made, empty = make_training_pictures(backbone, 1, 8)
-    plain = render_pictures(1, "train", 8, side=32, kinds=KINDS)
+    made, empty = make_training_renders(backbone, 1, 8)
+    plain = make_renders(1, "train", 8, side=32, kinds=KINDS)
     assert torch.equal(made.keypoints, plain.keypoints) and len(empty) == 3
     assert [torch.equal(a, b) for a, b in zip(made.image, plain.image, strict=True)] == [True, False] * 4
     settings = {"seed": 1, "pictures": 8, "cache": str(tmp_path)}
     for _ in range(2):
-        pictures, nobody = load_training_pictures(backbone, settings)
-        assert all(torch.equal(a, b) for a, b in zip([*pictures, nobody], [*made, empty], strict=True))
+        images, nobody = load_training_renders(backbone, settings)
+        assert all(torch.equal(a, b) for a, b in zip([*images, nobody], [*made, empty], strict=True))
         assert len(list(tmp_path.iterdir())) == 1
     other = DiffusionBackbone(tiny_pipeline(seed=1))
-    load_training_pictures(other, settings)
+    load_training_renders(other, settings)
     assert len(list(tmp_path.iterdir())) == 2

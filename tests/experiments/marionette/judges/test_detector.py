@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.marionette.judges.data import Pictures, render_pictures
+from experiments.marionette.judges.data import Renders, make_renders
 from experiments.marionette.judges.detector import (
     Batch,
     accuracy,
@@ -30,9 +30,9 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     return {"backbone": str(folder), "device": "cpu", "seed": 1, **places, **sizes, **widths}
 
 
-def batch(n: int = 8, size: int = 16) -> tuple[Pictures, Batch]:
-    pictures = render_pictures(3, "train", n, side=64, kinds={"one": 0.5, "two": 0.5})
-    return pictures, draw_batch(pictures, torch.zeros_like(pictures.image), size, torch.Generator().manual_seed(0))
+def batch(n: int = 8, size: int = 16) -> tuple[Renders, Batch]:
+    images = make_renders(3, "train", n, side=64, kinds={"one": 0.5, "two": 0.5})
+    return images, draw_batch(images, torch.zeros_like(images.image), size, torch.Generator().manual_seed(0))
 
 
 def test_absent_people_are_all_zero() -> None:
@@ -41,7 +41,7 @@ def test_absent_people_are_all_zero() -> None:
     assert is_present(keypoints).tolist() == [[False, True], [False, False]]
 
 
-def test_batch_holds_whole_pictures_and_crops_and_some_empty_ones() -> None:
+def test_batch_holds_whole_images_and_crops_and_some_empty_ones() -> None:
     _, drawn = batch()
     assert drawn.images.shape == (16, 3, 64, 64) and drawn.crops.shape == (16, 3, 64, 64)
     assert drawn.images.abs().max() <= 1 and drawn.crops.abs().max() <= 1
@@ -63,7 +63,7 @@ def test_loss_is_least_for_the_distribution_around_the_keypoint() -> None:
     right[..., 5, 10], right[..., 5, 11] = torch.tensor([0.75, 0.25]).log()
     entropy = -(0.75 * torch.tensor(0.75).log() + 0.25 * torch.tensor(0.25).log())
     absent = torch.full((1, 18), -30.0)
-    # A hidden keypoint counts half, a visible one fully, one outside the picture as absent.
+    # A hidden keypoint counts half, a visible one fully, one outside the image as absent.
     torch.testing.assert_close(detection_loss(right, absent, keypoints, (64, 64)), entropy / 2)
     keypoints[..., 2] = 1
     torch.testing.assert_close(detection_loss(right, absent, keypoints, (64, 64)), entropy)
