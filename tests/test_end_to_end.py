@@ -40,7 +40,7 @@ def head(place: Path, root: Path) -> Path:
 def test_training_leaves_what_it_promises(head: Path):
     run_dir = head.parent
     assert (head / "head.safetensors").is_file() and (run_dir / "checkpoints" / "last.ckpt").is_file()
-    assert {path.stem.split("-")[0] for path in (run_dir / "pictures").iterdir()} == {"readouts", "mixing_weights"}
+    assert {path.stem.split("-")[0] for path in (run_dir / "images").iterdir()} == {"readouts", "mixing_weights"}
     header = (run_dir / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[0]
     assert all(f"val/loss_t{t}" in header and f"val/pck@0.1_t{t}" in header for t in (50, 300, 600, 850))
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb")), "W&B writes offline, without an account"

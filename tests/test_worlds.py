@@ -22,7 +22,7 @@ def place(tmp_path_factory, tokenizer):
     for model in MODELS:
         build(model, tokenizer).save_pretrained(place / model)
     rng = np.random.default_rng(0)
-    for name in ("pictures", "labels"):
+    for name in ("images", "labels"):
         (place / name).mkdir()
     for number in range(40):
         Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(place / f"images/{number}.png")

@@ -32,7 +32,7 @@ def model(tiny_pipeline, tmp_path_factory):
 def recipe(tmp_path, model):
     """Forty images of 32 x 40 with skeletons as JSON; one image is damaged, one has no label."""
     (tmp_path / "labels").mkdir()
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     rng = np.random.default_rng(0)
     for number in range(40):
         Image.fromarray(rng.integers(256, size=(32, 40, 3), dtype=np.uint8)).save(tmp_path / f"images/{number:02}.png")
@@ -43,7 +43,7 @@ def recipe(tmp_path, model):
     shares = {"validation_share": 0.0, "test_share": 0.0}
     folder = {
         "_target_": "data_prep.sources.folders.FolderSource",
-        "path": str(tmp_path / "pictures"),
+        "path": str(tmp_path / "images"),
         "resolution": 32,
     }
     return {
@@ -86,7 +86,7 @@ def test_manifest_counts_and_names_everything(tmp_path, recipe):
     assert manifest["shards"]["shard-000002.tar"] == {"start": 20, "stop": 25, "samples": 5}
     assert manifest["settings"]["pictures"]["crop"] == "centre square"
     assert manifest["settings"]["pictures"]["resolution"] == 32
-    assert manifest["settings"]["source"]["path"] == str(tmp_path / "pictures")
+    assert manifest["settings"]["source"]["path"] == str(tmp_path / "images")
     assert len(manifest["autoencoder_id"]) == 16 and {"torch", "diffusers"} <= set(manifest["versions"])
 
 
@@ -261,7 +261,7 @@ def test_depth_and_edges_of_the_embedded_world(tmp_path, root, monkeypatch, cont
     ],
 )
 def test_depth_and_edges_of_ones_own_images(tmp_path, root, monkeypatch, capsys, recipe, words, skipped):
-    for name in ("pictures", "labels"):
+    for name in ("images", "labels"):
         (tmp_path / name).mkdir()
     rng = np.random.default_rng(0)
     for number in range(7):

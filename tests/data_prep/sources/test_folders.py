@@ -33,7 +33,7 @@ def person(**places):
 
 @pytest.fixture
 def images(tmp_path):
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 @pytest.fixture
