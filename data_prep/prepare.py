@@ -90,6 +90,8 @@ def _stop(source: Source, split: str, n: int | None) -> int:
 
 def _open(folder: Path, wanted: Manifest) -> Manifest:
     """The folder's manifest, or `wanted` where it has none; refuses one that was made otherwise."""
+    for unfinished in folder.glob("*.part"):  # what a killed process was writing
+        unfinished.unlink()
     if not (folder / "manifest.json").is_file():
         return wanted
     manifest = Manifest.read(folder)

@@ -13,6 +13,7 @@ from data_prep.records import Annotator, Skip, Source
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.data.samples import DataError, Group, Sample
 from rg.data.shards import Manifest, read_shard
+from rg.io.files import atomic
 
 # Always the same number of images go through the autoencoder at once: the last bits of a latent depend on it.
 BATCH = 50
@@ -67,9 +68,13 @@ class ShardWriter:
 
     def _write_shard(self, name: str, span: range, advance: Callable[[int], None]) -> None:
         old = self._counted(name, span)
-        path, temporary = self.folder / name, self.folder / f"{name}.tmp"
+        path = self.folder / name
         skipped, samples = {}, old["samples"]
-        with temporary.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0) as writer:
+        with (
+            atomic(path) as temporary,
+            temporary.open("wb") as stream,
+            TarWriter(stream, encoder=False, mtime=0) as writer,
+        ):
             # A shard that was the last one, and short, is continued: what it holds is copied, not made again.
             for raw in read_shard(path, old) if samples else ():
                 writer.write({key: value for key, value in raw.items() if key != "__url__"})
@@ -82,7 +87,6 @@ class ShardWriter:
                         writer.write(made.encode())
                         samples += 1
                 advance(len(batch))
-        temporary.replace(path)
         self.manifest.shards[name] = {"start": span.start, "stop": span.stop, "samples": samples}
         self.manifest.skipped |= skipped
         self.manifest.write(self.folder)

@@ -29,7 +29,7 @@ from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
 from rg.io.figures import image_grid, save_figure
-from rg.io.files import write_text
+from rg.io.files import write_json, write_text
 from rg.io.images import save_image
 from rg.points import draw_skeletons
 from rg.report import CONDITIONS, distances_to, score_images, summarise, table
@@ -92,7 +92,7 @@ class Evaluation:
         results["command"] = shlex.join(["python", "-m", "rg.evaluate", *sys.argv[1:]])
         write_text(self.run_dir / "table.md", table(results))
         save_figure(self.grid(), self.run_dir / "grid.png")
-        write_text(self.run_dir / "results.json", results)
+        write_json(self.run_dir / "results.json", results)
         return results
 
     def sample(self, positions: list[int]) -> None:
@@ -121,7 +121,7 @@ class Evaluation:
             if readouts is not None:
                 save_image(readouts[row] * 2 - 1, self.image_path(position, "readout"))
             record = {"position": position, "prompt": prompts[row], "seconds": seconds}
-            write_text(self.record_path(position), {**record, **{c: scores[c][row] for c in CONDITIONS}})
+            write_json(self.record_path(position), {**record, **{c: scores[c][row] for c in CONDITIONS}})
 
     def images(self, condition: str, count: int | None = None) -> Tensor:
         """Saved images of a condition: (N, 3, H, W) in [-1, 1]."""

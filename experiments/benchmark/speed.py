@@ -22,7 +22,7 @@ from experiments.benchmark.counting import counted_passes, flop_counter
 from experiments.benchmark.workloads import PLAIN, TASKS, Bench, Settings, clock, head_speed, modes_of, training_speed
 from rg.backbone.loading import PRECISIONS
 from rg.cli import CONF, clear_errors, point_latest, quiet_libraries
-from rg.io.files import write_text
+from rg.io.files import write_json
 
 # What a model takes beside its U-Net's weights: autoencoder, head, activations, libraries.
 ROOM = 2 * 2**30
@@ -175,7 +175,7 @@ def benchmark(cfg: DictConfig, run_dir: Path, command: str) -> dict[str, Any]:
                 print(f"{name}: left out: {lacking}")
                 continue
             results[name] = measure(settings, cfg, size.batch_size, name)
-            write_text(run_dir / "results.json", results)
+            write_json(run_dir / "results.json", results)
             gc.collect()
     return results
 

@@ -13,9 +13,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from data_prep.marionette.vocabulary import VOCABULARY
 from experiments.marionette.autoencoder import write_grid
-from experiments.marionette.record import Outcome, fingerprint, is_done, write_note
+from experiments.marionette.record import Outcome, is_done, write_note
 from experiments.marionette.tokenizer import make_tokenizer
 from experiments.marionette.trainer import Trainer, mixed_precision
+from rg.io.files import fingerprint
 from rg.io.images import to_bytes
 
 EMPTY = 0.15  # share of prompts that are left out, so that guidance by text has something to move away from

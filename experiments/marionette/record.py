@@ -1,6 +1,5 @@
 """What the training took and found, stage by stage: record.json in the work folder, which the model card reads."""
 
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from rg.io.files import write_text
+from rg.io.files import atomic, write_json, write_text
 
 # Stages that are trained, and the file in a stage's folder that says under which settings it was finished.
 NOTES = {"autoencoder": "quality.json", "unet": "done.json", "detector": "done.json", "classifier": "done.json"}
@@ -63,7 +62,7 @@ def write_record(folder: Path, command: str) -> None:
     rendering = sum(read_seconds(images) for images in (folder / "pictures").glob("*"))
     stages = {"pictures": {"seconds": rendering} if rendering else {}}
     stages |= {stage: stage_record(folder / stage, note) for stage, note in NOTES.items()}
-    write_text(folder / "record.json", {"command": command, **{name: found for name, found in stages.items() if found}})
+    write_json(folder / "record.json", {"command": command, **{name: found for name, found in stages.items() if found}})
 
 
 # What a call did for a stage.
@@ -72,14 +71,13 @@ Outcome = Literal["done before", "done", "not done yet"]
 
 def save(path: Path, state: Any) -> None:
     """Writes tensors and plain values for torch.load with weights_only=True."""
-    partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    with atomic(path) as temporary:
+        torch.save(state, temporary)
 
 
 def write_note(path: Path, settings: dict[str, Any], found: dict[str, float]) -> None:
     """Says in JSON that a stage is done, under which settings, and what was measured."""
-    write_text(path, {"settings": settings, **found})
+    write_json(path, {"settings": settings, **found})
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
@@ -90,9 +88,3 @@ def read_settings(path: Path) -> dict[str, Any] | None:
 def is_done(path: Path, settings: dict[str, Any]) -> bool:
     """Whether `write_note` has written path under these settings."""
     return read_settings(path) == settings
-
-
-def fingerprint(folder: Path) -> str:
-    """Sixteen hexadecimal digits that change with any weight or setting of a saved model."""
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]

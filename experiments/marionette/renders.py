@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data_prep.marionette.render import render
 from experiments.marionette.record import Stopwatch
+from rg.io.files import atomic, write_text
 
 SPLITS = {"train": 0, "held_out": 1}
 FILE_RENDERS = 1000  # images in a file, the piece of work that an interruption can cost
@@ -42,12 +43,9 @@ def write_file(path: Path, seed: int, split: int, start: int, stop: int) -> None
         render([(seed, split, index) for index in range(first, min(first + CHUNK, stop))])
         for first in range(start, stop, CHUNK)
     ]
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps([prompt for part in parts for prompt in part.prompt]), encoding="utf-8")
-    partial.replace(path.with_suffix(".json"))
-    with partial.open("wb") as file:
+    write_text(path.with_suffix(".json"), json.dumps([prompt for part in parts for prompt in part.prompt]))
+    with atomic(path) as temporary, temporary.open("wb") as file:
         np.save(file, torch.cat([part.image for part in parts]).numpy())
-    partial.replace(path)
 
 
 def _render_all(jobs: list[Job], workers: int) -> Iterator[Job]:

@@ -17,9 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.marionette.autoencoder import train_autoencoder
 from experiments.marionette.denoiser import train_denoiser
-from experiments.marionette.record import NOTES, Outcome, fingerprint, is_done, read_settings, write_note, write_record
+from experiments.marionette.record import NOTES, Outcome, is_done, read_settings, write_note, write_record
 from experiments.marionette.renders import Renders, load_renders, world_id
 from rg.cli import CONF, clear_errors, quiet_libraries
+from rg.io.files import fingerprint
 from rg.models import locate
 
 MODULE = "experiments.marionette.train"

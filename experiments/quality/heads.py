@@ -24,7 +24,7 @@ from rg.data.shards import read_shards
 from rg.heads import load_head
 from rg.heads.base import ReadoutHead
 from rg.heads.relative import RelativeHead
-from rg.io.files import write_text
+from rg.io.files import write_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "readouts.json"
 
@@ -79,7 +79,7 @@ def run(names: Sequence[str], world: str, images: int, out: Path, command: str) 
     for name, head in heads.items():
         found = estimate(name, head, world, images)
         results[name] = {metric: {**value, "command": command} for metric, value in found.items()}
-        write_text(out, results)
+        write_json(out, results)
     return tables({name: results[name] for name in heads})
 
 

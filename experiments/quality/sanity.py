@@ -18,7 +18,7 @@ from rg.generation import generate, set_scheduler
 from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import FixedTarget
 from rg.heads import load_head
-from rg.io.files import write_text
+from rg.io.files import write_json
 from rg.metrics.keypoints import box_side, pck
 from rg.metrics.statistics import paired_gain
 
@@ -79,7 +79,7 @@ def main() -> None:
         "own_target": Controls(overrides, 4).own_target(),
         "command": " ".join(["python -m experiments.quality.sanity", *overrides]),
     }
-    write_text(Path(OUTPUTS) / "controls" / "results.json", results)
+    write_json(Path(OUTPUTS) / "controls" / "results.json", results)
     print(results)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from rg.data.samples import DataError, Group, Groups, Sample, Samples
+from rg.io.files import write_json
 
 
 @dataclass
@@ -59,9 +60,7 @@ class Manifest:
         content = {"samples": len(self.indices()), **asdict(self)}
         for name in ("shards", "skipped"):
             content[name] = dict(sorted(content[name].items()))
-        temporary = folder / "manifest.json.tmp"
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(folder / "manifest.json")
+        write_json(folder / "manifest.json", content)
 
     def indices(self) -> list[int]:
         """The indices that have a sample, in order."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rg.io.files import atomic
 from rg.models import locate
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -91,14 +92,11 @@ class Hourglass(nn.Module):
         return self._pyramid(images)[2].mean((2, 3))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes weights (half precision) and configuration, each under a temporary name first."""
+        """Writes weights (half precision) and configuration, both whole or not at all."""
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        weights, config = target / f"{WEIGHTS}.partial", target / f"{CONFIG}.partial"
-        save_file({name: value.half().contiguous() for name, value in self.state_dict().items()}, weights)
-        config.write_text(json.dumps(self.config, indent=2) + "\n")
-        weights.replace(target / WEIGHTS)
-        config.replace(target / CONFIG)
+        with atomic(target / CONFIG) as config, atomic(target / WEIGHTS) as weights:
+            save_file({name: value.half().contiguous() for name, value in self.state_dict().items()}, weights)
+            config.write_text(json.dumps(self.config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:

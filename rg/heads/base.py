@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rg.heads.aggregation import AggregationNetwork
+from rg.io.files import atomic
 from rg.models import locate
 
 TIME_CONVENTIONS = ("direct", "mirrored", "none")
@@ -162,17 +163,15 @@ class ReadoutHead(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:
-        """Writes head.safetensors (float32, or half precision) and head.json, under temporary names, then renamed."""
+        """Writes head.safetensors (float32, or half precision) and head.json, both whole or not at all."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         dtype = torch.float16 if half else torch.float32
         tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "head.safetensors.part")
-        (folder / "head.safetensors.part").chmod(0o644)  # safetensors writes for the owner alone
         record = {"class": type(self).__name__, "hyperparameters": dict(self.hparams)}
-        (folder / "head.json.part").write_text(json.dumps(record, indent=1) + "\n")
-        for name in ("head.safetensors", "head.json"):
-            (folder / f"{name}.part").replace(folder / name)
+        with atomic(folder / "head.json") as settings, atomic(folder / "head.safetensors") as weights:
+            save_file(tensors, weights)
+            weights.chmod(0o644)  # safetensors writes for the owner alone
+            settings.write_text(json.dumps(record, indent=1) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

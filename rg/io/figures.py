@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from torch import Tensor
 
+from rg.io.files import atomic
+
 matplotlib.use("Agg")
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a figure under a temporary name, renames it, and closes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part.png")
-    figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    """Writes a figure as PNG, whole or not at all, and closes it."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight", format="png")
     plt.close(figure)
-    temporary.replace(path)
 
 
 def image_grid(rows: dict[str, Tensor], side: int = 96) -> Any:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from rg.io.files import atomic
 from rg.points import KEYPOINTS, Size, rescale
 
 # What Pillow raises for a file that is no image, a damaged one, or one that is suspiciously large.
@@ -65,9 +66,7 @@ def load_control(path: str | Path, image_size: Size) -> Tensor | Image.Image:
 
 
 def save_image(image: Tensor, path: Path) -> None:
-    """Writes one image (3, H, W) in [-1, 1] as PNG, under a temporary name, then renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes one image (3, H, W) in [-1, 1] as PNG, whole or not at all."""
     array = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    temporary = path.with_suffix(".part")
-    Image.fromarray(array).save(temporary, format="PNG")
-    temporary.replace(path)
+    with atomic(path) as temporary:
+        Image.fromarray(array).save(temporary, format="PNG")

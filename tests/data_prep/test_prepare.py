@@ -141,8 +141,8 @@ def test_killed_while_writing_then_continued(tmp_path, recipe):
     build(root=str(tmp_path / "whole"), n=40, **recipe)
     arguments = {"root": str(tmp_path / "killed"), "n": 40, **recipe}
     folder = tmp_path / "killed/train"
-    for name in ("shard-000000.tar.tmp", "shard-000004.tar.tmp"):
-        kill_when((folder / name).exists, arguments)
+    for name in ("shard-000000.tar", "shard-000004.tar"):
+        kill_when(lambda name=name: any(folder.glob(f"{name}.*.part")), arguments)
         if (folder / "manifest.json").is_file():
             found = Manifest.read(folder).indices()
             assert len(found) < 38 and read_shards(folder).index.tolist() == found
@@ -189,7 +189,7 @@ def test_another_autoencoder_is_refused(tmp_path, recipe, tiny_pipeline):
 def test_more_images_in_the_folder_are_refused(tmp_path, recipe):
     build(root=str(tmp_path / "out"), n=10, **recipe)
     Image.new("RGB", (32, 32)).save(tmp_path / "images/00a.png")
-    with pytest.raises(DataError, match=r"images\.file_names"):
+    with pytest.raises(DataError, match="file_names"):
         build(root=str(tmp_path / "out"), n=20, **recipe)
 
 

@@ -1,12 +1,10 @@
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from rg.detectors.keypoints import Detection, KeypointDetector
-from rg.io.files import write_text
-from rg.report import CONDITIONS, KERNEL_IMAGES, distances_to, score_images, summarise, table
+from rg.report import KERNEL_IMAGES, distances_to, score_images, summarise, table
 
 
 def square_pose(side: float, hidden: tuple[int, ...] = ()) -> torch.Tensor:
@@ -106,10 +104,3 @@ def test_kernel_distance_needs_many_images_and_tells_renders_from_noise(root: Pa
     assert distances_to(flat, {"same": flat[: KERNEL_IMAGES - 1]}, detector) is None
     found = distances_to(flat[:KERNEL_IMAGES], {"same": flat, "noise": noise}, detector)
     assert found["noise"] > 10 * abs(found["same"])
-
-
-def test_text_is_written_whole(tmp_path: Path):
-    write_text(tmp_path / "a" / "b.json", {"x": 1})
-    assert json.loads((tmp_path / "a" / "b.json").read_text()) == {"x": 1}
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.json"]
-    assert set(CONDITIONS) == {"unguided", "guided", "ceiling"}

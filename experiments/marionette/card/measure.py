@@ -30,7 +30,7 @@ from rg.cli import CONF, clear_errors
 from rg.detectors.attributes import AttributeClassifier
 from rg.detectors.keypoints import Detection, KeypointDetector
 from rg.generation import generate
-from rg.io.files import write_text
+from rg.io.files import atomic, write_json, write_text
 from rg.io.images import from_bytes, to_bytes
 from rg.models import locate
 
@@ -154,7 +154,7 @@ def run(settings: Mapping[str, Any], command: str) -> str:
     size = sum(path.stat().st_size for path in locate(settings["model"]).rglob("*.safetensors")) / 1e6
     results = {"command": command, "megabytes": size, **results, "settings": dict(settings)}
     results["training"] = read_json(settings["record"])
-    write_text(Path(settings["results"]), results)
+    write_json(Path(settings["results"]), results)
     contact_sheet(sheet, Path(settings["sheet"]))
     text = card_text(results, read_json(settings["former"]))
     write_text(Path(settings["card"]), text)
@@ -262,9 +262,8 @@ def sample(
             path = folder / name / f"{start:05d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.npz"
             if not path.is_file():
                 images = generate(backbone.pipeline, **batch, **arguments)
-                partial = path.with_suffix(".partial.npz")
-                np.savez(partial, image=to_bytes(images).numpy())
-                partial.replace(path)
+                with atomic(path) as temporary, temporary.open("wb") as file:
+                    np.savez(file, image=to_bytes(images).numpy())
             with np.load(path, allow_pickle=False) as stored:
                 parts.append(torch.from_numpy(stored["image"]))
             bar.update(len(parts[-1]))

@@ -8,18 +8,19 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from rg.io.files import atomic
+
 
 def contact_sheet(images: Tensor, path: Path, columns: int = 8, enlarge: int = 2) -> None:
-    """Writes images (N, 3, H, W) uint8 in rows, in their order, as PNG, under a temporary name, then renames it."""
+    """Writes images (N, 3, H, W) uint8 in rows, in their order, as PNG, whole or not at all."""
     count, _, height, width = images.shape
     rows = -(-count // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     for i, image in enumerate(images):
         sheet.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (i % columns * width, i // columns * height))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    sheet.resize((sheet.width * enlarge, sheet.height * enlarge), Image.Resampling.NEAREST).save(partial, format="PNG")
-    partial.replace(path)
+    sheet = sheet.resize((sheet.width * enlarge, sheet.height * enlarge), Image.Resampling.NEAREST)
+    with atomic(path) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 def _wrap(*sentences: str) -> str:

@@ -19,6 +19,7 @@ from experiments.marionette.renders import world_id
 from experiments.marionette.trainer import mixed_precision
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.detectors.keypoints import MIRROR, crop, to_crops
+from rg.io.files import atomic
 from rg.io.images import from_bytes, to_bytes
 
 KINDS = {"one": 0.55, "two": 0.3, "portrait": 0.15}
@@ -127,10 +128,8 @@ def load_training_renders(backbone: DiffusionBackbone, settings: Mapping[str, An
     path = Path(settings["cache"]) / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
     if not path.is_file():
         renders, empty = make_training_renders(backbone, seed, count)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({**renders._asdict(), "empty": empty}, partial)
-        partial.replace(path)
+        with atomic(path) as temporary:
+            save_file({**renders._asdict(), "empty": empty}, temporary)
     columns = load_file(path)
     empty = columns.pop("empty")
     return Renders(**columns), empty

@@ -14,6 +14,7 @@ from experiments.marionette.renders import world_id
 from experiments.marionette.trainer import Trainer
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.detectors.hourglass import Hourglass
+from rg.io.files import write_text
 
 Judge = TypeVar("Judge", bound=Hourglass)
 # How a network is trained; what is not named here or by the settings of a judge does not decide its weights.
@@ -58,6 +59,4 @@ def describe(settings: Mapping[str, Any]) -> str:
 
 def write_card(folder: Path, text: str) -> None:
     """Writes README.md into a folder of weights, whole or not at all."""
-    partial = folder / "README.md.partial"
-    partial.write_text(text)
-    partial.replace(folder / "README.md")
+    write_text(folder / "README.md", text)

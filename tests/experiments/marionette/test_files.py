@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.marionette.record import fingerprint, is_done, read_settings, save, write_note
+from experiments.marionette.record import is_done, read_settings, save, write_note
 
 
 def test_a_file_is_whole_or_the_former_one(tmp_path: Path) -> None:
@@ -21,15 +21,3 @@ def test_a_note_holds_for_its_settings(tmp_path: Path) -> None:
     write_note(path, settings, {"psnr": 30.0})
     assert is_done(path, settings) and read_settings(path) == settings
     assert not is_done(path, settings | {"rate": 2e-3})
-
-
-def test_fingerprint_changes_with_weights_and_settings(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "config.json").write_text("{}")
-    first = fingerprint(tmp_path)
-    (tmp_path / "README.md").write_text("words")
-    assert fingerprint(tmp_path) == first and len(first) == 16
-    (tmp_path / "config.json").write_text('{"a": 1}')
-    second = fingerprint(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"other")
-    assert len({first, second, fingerprint(tmp_path)}) == 3

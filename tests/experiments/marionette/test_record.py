@@ -33,8 +33,8 @@ def test_each_stage_is_recorded_as_far_as_it_is(tmp_path: Path) -> None:
     table(tmp_path / "unet", [0.5], None)
     table(tmp_path / "detector/abc", [3.0, 2.0], 30)
     write_note(tmp_path / "detector/done.json", {"batch_size": 32}, {})
-    table(tmp_path / "images/train", [], 60)
-    table(tmp_path / "images/held_out", [], 1)
+    table(tmp_path / "pictures/train", [], 60)
+    table(tmp_path / "pictures/held_out", [], 1)
     write_record(tmp_path, "python -m x")
     record = json.loads((tmp_path / "record.json").read_text())
     assert record == {

@@ -1,0 +1,74 @@
+import json
+from pathlib import Path
+from threading import Barrier, Thread
+
+import pytest
+
+from rg.io.files import atomic, fingerprint, write_json, write_text
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "notes.txt"
+    write_text(path, "old")
+    with pytest.raises(error), atomic(path) as temporary:
+        temporary.write_text("half of the n")
+        raise error
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "record.json", {"x": object()})
+    with pytest.raises(RuntimeError), atomic(tmp_path / "never.txt"):
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_file_appears_at_the_end_alone(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "table.md"
+    with atomic(path) as temporary:
+        temporary.write_text("ü")
+        assert not path.exists() and temporary.parent == path.parent and not list(path.parent.glob("*.md"))
+    assert path.read_text(encoding="utf-8") == "ü" and list(path.parent.iterdir()) == [path]
+
+
+def test_files_that_differ_in_their_ending_do_not_meet(tmp_path: Path) -> None:
+    with atomic(tmp_path / "table.md") as text, atomic(tmp_path / "table.json") as record:
+        text.write_text("text")
+        record.write_text("{}")
+    assert (tmp_path / "table.md").read_text() == "text" and (tmp_path / "table.json").read_text() == "{}"
+
+
+def test_two_writers_at_once_leave_one_of_two_whole_files(tmp_path: Path) -> None:
+    path, together = tmp_path / "record.json", Barrier(2)
+
+    def write(value: int) -> None:
+        with atomic(path) as temporary:
+            together.wait(timeout=10)
+            temporary.write_text(json.dumps([value] * 10_000))
+            together.wait(timeout=10)
+
+    writers = [Thread(target=write, args=(value,)) for value in (1, 2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert json.loads(path.read_text()) in ([1] * 10_000, [2] * 10_000) and list(tmp_path.iterdir()) == [path]
+
+
+def test_json_is_read_back(tmp_path: Path) -> None:
+    write_json(tmp_path / "a" / "b.json", {"x": [1, None, "ü"]})
+    assert json.loads((tmp_path / "a" / "b.json").read_text()) == {"x": [1, None, "ü"]}
+
+
+def test_fingerprint_changes_with_weights_and_settings(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text("{}")
+    first = fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("words")
+    assert fingerprint(tmp_path) == first and len(first) == 16
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    second = fingerprint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"other")
+    assert len({first, second, fingerprint(tmp_path)}) == 3
