@@ -14,6 +14,7 @@ from rg.backbone.diffusion import DiffusionBackbone
 from rg.data.samples import DataError, Group, Sample
 from rg.data.shards import Manifest, read_shard
 from rg.io.files import atomic
+from rg.io.images import from_bytes
 
 # Always the same number of images go through the autoencoder at once: the last bits of a latent depend on it.
 BATCH = 50
@@ -109,5 +110,5 @@ class ShardWriter:
         """Mean and standard deviation of the latents of uint8 images: (B, 2C, h, w) float16."""
         rest = images.new_zeros(-len(images) % BATCH, *images.shape[1:])
         batches = torch.cat([images, rest]).split(BATCH)
-        latents = [torch.cat(self.backbone.encode(batch.float() / 127.5 - 1), 1).half().cpu() for batch in batches]
+        latents = [torch.cat(self.backbone.encode(from_bytes(batch)), 1).half().cpu() for batch in batches]
         return torch.cat(latents)[: len(images)]

@@ -16,14 +16,14 @@ from torch import Tensor
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.backbone.inversion import invert
 from rg.cli import clear_errors, point_latest
-from rg.generation import generate, set_scheduler
+from rg.generation import generate, image_seeds, set_scheduler
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import ReferenceTarget
 from rg.heads import load_head
 from rg.heads.correspondence import CorrespondenceHead
 from rg.heads.relative import RelativeHead, pick
 from rg.io.figures import image_grid, save_figure
-from rg.io.images import load_control, save_image
+from rg.io.images import from_bytes, load_control, pixels, save_image
 from rg.points import Size, box_cells, cells, inside
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def reference_noise(cfg: DictConfig, backbone: DiffusionBackbone) -> Tensor:
         FileNotFoundError, ValueError: the image is missing or cannot be read, or the scheduler cannot invert it.
     """
     if cfg.reference is None:
-        generator = torch.Generator("cpu").manual_seed(cfg.seed * 1_000_003)
+        generator = torch.Generator("cpu").manual_seed(image_seeds(cfg.seed, [0])[0])
         noise = torch.randn((1, backbone.latent_channels, *backbone.latent_size), generator=generator)
         return noise.to(backbone.device, backbone.denoiser.dtype)
     if cfg.scheduler != "ddim" or cfg.sampling.eta:
@@ -113,8 +113,7 @@ def reference_noise(cfg: DictConfig, backbone: DiffusionBackbone) -> Tensor:
         raise ValueError(f"reference={cfg.reference}: expected an image, found keypoints")
     height, width = backbone.resolution
     square = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
-    latents = backbone.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)[0]
+    latents = backbone.encode(from_bytes(pixels(square)[None]))[0]
     return invert(backbone, latents, num_inference_steps=cfg.sampling.num_inference_steps, prompt=cfg.prompt)
 
 
@@ -139,8 +138,8 @@ def edit(cfg: DictConfig, run_dir: Path) -> Tensor:
     # An inverted image comes back without text guidance alone.
     plain = sampling if cfg.reference is None else {**sampling, "guidance_scale": 1.0}
     with guidance.record(pipe):
-        reference = generate(pipe, [cfg.prompt], seeds=[cfg.seed * 1_000_003], latents=noise, **plain)
-    arguments: dict[str, Any] = {"seeds": [cfg.seed * 1_000_003 + 1 + i for i in range(cfg.images)], **sampling}
+        reference = generate(pipe, [cfg.prompt], seeds=image_seeds(cfg.seed, [0]), latents=noise, **plain)
+    arguments: dict[str, Any] = {"seeds": image_seeds(cfg.seed, range(1, 1 + cfg.images)), **sampling}
     if cfg.noise == "reference":
         arguments["latents"] = noise.expand(cfg.images, -1, -1, -1)
     prompts = [cfg.prompt if cfg.edit_prompt is None else cfg.edit_prompt] * cfg.images

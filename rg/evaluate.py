@@ -14,7 +14,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -24,13 +23,13 @@ from rg.cli import choose_head, clear_errors, point_latest
 from rg.data.samples import Samples
 from rg.data.shards import read_shards
 from rg.detectors.keypoints import KeypointDetector
-from rg.generation import generate, set_scheduler
+from rg.generation import generate, image_seeds, set_scheduler
 from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
 from rg.io.figures import image_grid, save_figure
 from rg.io.files import write_json, write_text
-from rg.io.images import save_image
+from rg.io.images import from_bytes, open_image, pixels, save_image
 from rg.points import draw_skeletons
 from rg.report import CONDITIONS, distances_to, score_images, summarise, table
 
@@ -103,7 +102,7 @@ class Evaluation:
         guidance = instantiate(self.cfg.guidance)(terms=[GuidanceTerm(self.head, FixedTarget(control))])
         # Another image's prompt: what it says must not give the pose away.
         prompts = [self.samples.prompt[(i + len(self.samples) // 2) % len(self.samples)] for i in positions]
-        arguments = {"seeds": [self.cfg.seed * 1_000_003 + i for i in positions], **self.cfg.sampling}
+        arguments = {"seeds": image_seeds(self.cfg.seed, positions), **self.cfg.sampling}
         made, seconds = {}, {}
         for condition, steering in (("unguided", None), ("guided", guidance)):
             begin = time.perf_counter()
@@ -126,10 +125,7 @@ class Evaluation:
     def images(self, condition: str, count: int | None = None) -> Tensor:
         """Saved images of a condition: (N, 3, H, W) in [-1, 1]."""
         paths = [self.image_path(i, condition) for i in range(len(self.samples))[:count]]
-        arrays = [torch.frombuffer(bytearray(Image.open(p).tobytes()), dtype=torch.uint8) for p in paths]
-        sizes = [Image.open(path).size for path in paths]
-        shaped = [a.view(h, w, 3).permute(2, 0, 1) for a, (w, h) in zip(arrays, sizes, strict=True)]
-        return torch.stack(shaped).float() / 127.5 - 1
+        return from_bytes(torch.stack([pixels(open_image(path)) for path in paths]))
 
     def grid(self, count: int = 10) -> Any:
         """Target pose, image it came from, unguided, guided, readout during guidance, detected pose."""

@@ -1,6 +1,6 @@
 """Images from a pipeline, guided or not, and the controls that guide them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,6 +31,11 @@ def set_scheduler(pipe: Any, name: str) -> None:
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler: expected one of {sorted(SCHEDULERS)}, got {name!r}")
     pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config, **SETTINGS.get(name, {}))
+
+
+def image_seeds(seed: int, indices: Iterable[int]) -> list[int]:
+    """Seeds of the images of a run, by their indices in it; other runs share none with less than a million images."""
+    return [seed * 1_000_003 + index for index in indices]
 
 
 def generate(

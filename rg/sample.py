@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import choose_head, clear_errors, point_latest
 from rg.data.shards import read_shards
-from rg.generation import generate, set_scheduler
+from rg.generation import generate, image_seeds, set_scheduler
 from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
@@ -53,7 +53,7 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
     target, prompts = read_controls(cfg, backbone, head)
     guidance = instantiate(cfg.guidance)(terms=[GuidanceTerm(head, target)])
     backbone.pipeline.set_progress_bar_config(disable=False)
-    arguments = {"seeds": [cfg.seed * 1_000_003 + i for i in range(cfg.images)], **cfg.sampling}
+    arguments = {"seeds": image_seeds(cfg.seed, range(cfg.images)), **cfg.sampling}
     unguided = generate(backbone.pipeline, prompts, **arguments)
     guided = generate(backbone.pipeline, prompts, guidance=guidance, **arguments)
     readouts = guidance.trace[-1].readouts[0] if guidance.trace else None

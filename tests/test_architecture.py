@@ -24,7 +24,7 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/data/*": ({"rg.data", "rg.points", "rg.io"}, ANY),
     "rg/backbone/*": ({"rg.backbone", "rg.models", "rg.points"}, ANY),
     "rg/heads/*": ({"rg.heads", "rg.backbone", "rg.metrics", "rg.points", "rg.models", "rg.io"}, ANY),
-    "rg/guidance/*": ({"rg.guidance", "rg.backbone", "rg.heads", "rg.points"}, ANY),
+    "rg/guidance/*": ({"rg.guidance", "rg.backbone", "rg.heads", "rg.io", "rg.points"}, ANY),
     "rg/*.py": ({"rg"}, ANY),
     "data_prep/*": (
         {"data_prep", "rg.backbone", "rg.cli", "rg.data", "rg.io", "rg.points"},

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from rg.io.images import from_bytes, pixels
+
 # The position of a split is part of a generated sample's seed: append, never reorder.
 SPLITS = ("train", "val", "search", "test")
 Batch = dict[str, Any]
@@ -129,7 +131,7 @@ def from_png(data: bytes, size: tuple[int, ...]) -> Tensor:
     image = Image.open(io.BytesIO(data), formats=["PNG"])
     if (image.mode, image.size[::-1]) != ("RGB", size):
         raise ValueError(f"expected an RGB image of {size}, found {image.mode} of {image.size[::-1]}")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels(image)
 
 
 def to_npy(latent: Tensor) -> bytes:
@@ -173,8 +175,8 @@ class Samples(Dataset[Batch]):
     def __getitem__(self, position: int) -> Batch:
         mean, std = self.latent[position].float().chunk(2)
         return {
-            "image": self.image[position].float() / 127.5 - 1,
-            "label": self.label[position].float() / 127.5 - 1,
+            "image": from_bytes(self.image[position]),
+            "label": from_bytes(self.label[position]),
             "keypoints": self.keypoints[position],
             "latent_mean": mean,
             "latent_std": std,
@@ -286,7 +288,7 @@ class Groups(Dataset[Batch]):
     def __getitem__(self, position: int) -> Batch:
         mean, std = self.latent[position].float().chunk(2, 1)
         return {
-            "image": self.image[position].float() / 127.5 - 1,
+            "image": from_bytes(self.image[position]),
             "points": self.points[position],
             "turn": self.turn[position],
             "latent_mean": mean,

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from rg.io.images import from_bytes, pixels
 from rg.points import Size
 
 Control = Tensor | Image | Sequence[Image]
@@ -101,5 +101,4 @@ def _to_tensor(control: Image | Sequence[Image]) -> Tensor:
             raise ValueError(f"control: image {number} has mode {image.mode}, expected RGB")
         if image.size != images[0].size:
             raise ValueError(f"control: image {number} is {image.size}, the first one {images[0].size}")
-    arrays = [np.asarray(image, dtype=np.float32) for image in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1 if arrays else torch.zeros(0)
+    return from_bytes(torch.stack([pixels(image) for image in images])) if images else torch.zeros(0)

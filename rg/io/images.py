@@ -1,4 +1,4 @@
-"""Images from files."""
+"""Images from files and to them, as bytes and as floats: the one owner of both conversions."""
 
 import json
 from pathlib import Path
@@ -24,13 +24,18 @@ def open_image(path: Path) -> Image.Image:
     return upright.convert("RGB")
 
 
+def pixels(image: Image.Image) -> Tensor:
+    """The pixels of an RGB image: (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def from_bytes(images: Tensor) -> Tensor:
-    """uint8 0..255 to float -1..1."""
+    """Images of any shape, uint8 0..255, as float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Float -1..1 to uint8 0..255."""
+    """Images of any shape, float in [-1, 1], as uint8 0..255 on the CPU; what lies outside is cut off."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
@@ -67,6 +72,5 @@ def load_control(path: str | Path, image_size: Size) -> Tensor | Image.Image:
 
 def save_image(image: Tensor, path: Path) -> None:
     """Writes one image (3, H, W) in [-1, 1] as PNG, whole or not at all."""
-    array = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     with atomic(path) as temporary:
-        Image.fromarray(array).save(temporary, format="PNG")
+        Image.fromarray(to_bytes(image).permute(1, 2, 0).numpy()).save(temporary, format="PNG")

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from PIL import Image
 
-from rg.generation import SCHEDULERS, generate, set_scheduler
+from rg.generation import SCHEDULERS, generate, image_seeds, set_scheduler
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
 from rg.io.images import load_control, save_image
@@ -138,3 +138,8 @@ def test_controls_of_other_modes_are_read_as_labels_are(tmp_path):
     assert np.array_equal(np.asarray(load_control(tmp_path / "depth.png", (16, 16)))[..., 0], grey // 257)
     Image.new("RGBA", (8, 8), (10, 20, 30, 255)).save(tmp_path / "control.png")
     assert load_control(tmp_path / "control.png", (8, 8)).getpixel((3, 3)) == (10, 20, 30)
+
+
+def test_seeds_of_images_follow_their_indices_and_runs_share_none():
+    assert image_seeds(2, [0, 5]) == [2_000_006, 2_000_011]
+    assert not set(image_seeds(0, range(1000))) & set(image_seeds(1, range(1000)))

@@ -29,7 +29,7 @@ from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import CONF, clear_errors
 from rg.detectors.attributes import AttributeClassifier
 from rg.detectors.keypoints import Detection, KeypointDetector
-from rg.generation import generate
+from rg.generation import generate, image_seeds
 from rg.io.files import atomic, write_json, write_text
 from rg.io.images import from_bytes, to_bytes
 from rg.models import locate
@@ -133,7 +133,7 @@ class Card:
 
     def sample(self, name: str, prompts: Sequence[str], scale: float, indices: Sequence[int] | None = None) -> Tensor:
         """Samples prompts (N, 3, H, W) uint8; equal indices, by default 0, 1, ..., begin with equal noise."""
-        seeds = [self.seed * 1_000_003 + i for i in (range(len(prompts)) if indices is None else indices)]
+        seeds = image_seeds(self.seed, range(len(prompts)) if indices is None else indices)
         arguments = {**self.settings["sampling"], "batch_size": self.settings["batch_size"], "guidance_scale": scale}
         return sample(self.backbone, prompts, seeds, Path(self.settings["folder"]) / "samples", name=name, **arguments)
 

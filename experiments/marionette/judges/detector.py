@@ -26,7 +26,6 @@ from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import CONF
 from rg.detectors.keypoints import CROP, MARGIN, PATCH, Detection, KeypointDetector, boxes_around, crop_matrices
 from rg.io.images import from_bytes
-from rg.io.images import to_bytes as to_bytes
 from rg.metrics.keypoints import box_side, match_people, pck
 from rg.points import Size, inside, rescale
 

@@ -60,7 +60,7 @@ def test_each_stage_is_recorded_as_far_as_it_is(tmp_path: Path) -> None:
     text = "\n".join(training_text(record))  # what the card makes of it
     for part in (
         "python -m x",
-        "| images | - | - | 1.0 |",
+        "| pictures | - | - | 1.0 |",
         "| autoencoder | 1,500 | 8 | 2.0 |",
         "| unet | 1 | - | - |",
     ):
