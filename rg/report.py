@@ -42,15 +42,11 @@ def score_images(found: Detection, keypoints: Tensor, alphas: Sequence[float]) -
         "target": box_side(target[people], visible[people]),
         "predicted": box_side(points[people], visible[people]),
     }
-    shares = {
-        box: {
-            str(alpha): mean_over_people(
-                pck(points[people], target[people], visible[people], side, alpha) * present[people], people
-            )
-            for alpha in alphas
-        }
-        for box, side in sides.items()
-    }
+    shares = {}
+    for box, side in sides.items():
+        correct = pck(points[people], target[people], visible[people], side, alphas) * present[people][:, None]
+        means = (mean_over_people(column, people) for column in correct.unbind(1))
+        shares[box] = dict(zip(map(str, alphas), means, strict=True))
     sure = mean_over_people(confidence[people].mean(-1), people)
     return [
         {
@@ -65,14 +61,14 @@ def score_images(found: Detection, keypoints: Tensor, alphas: Sequence[float]) -
 
 def mean_over_people(values: Tensor, people: Tensor) -> Tensor:
     """Means over the people of each image: values (N,) of those marked in people (B, P) -> (B,)."""
-    spread = torch.zeros(people.shape, dtype=values.dtype, device=values.device)
-    spread[people] = values
-    return spread.sum(1) / people.sum(1)
+    by_image = torch.zeros(people.shape, dtype=values.dtype, device=values.device)
+    by_image[people] = values
+    return by_image.sum(1) / people.sum(1)
 
 
 def _summary(values: Tensor) -> dict[str, float]:
-    spread = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return {"mean": float(values.mean()), "sem": spread}
+    sem = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {"mean": float(values.mean()), "sem": sem}
 
 
 def summarise(records: Sequence[dict[str, Any]], alphas: Sequence[float]) -> dict[str, Any]:
@@ -100,6 +96,11 @@ def distances_to(renders: Tensor, sets: dict[str, Tensor], detector: KeypointDet
     with torch.no_grad():
         features = {name: detector.embed(images) for name, images in {**sets, "renders": renders}.items()}
     return {name: kernel_distance(features[name], features["renders"]) for name in sets}
+
+
+def headline(results: dict[str, Any]) -> float:
+    """Guided PCK at the largest alpha, a mean over images."""
+    return results["pck"][max(results["pck"], key=float)]["guided"]["mean"]
 
 
 def table(results: dict[str, Any]) -> str:

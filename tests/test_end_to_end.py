@@ -113,6 +113,11 @@ def test_the_evaluation_continues(place: Path, root: Path, head: Path):
     assert len(list(latest.glob("samples-*"))) == 1 and (latest / "samples" / "00001.json").is_file()
 
 
+def test_the_evaluation_takes_any_tolerances(place: Path, root: Path, head: Path):
+    done = run(place, root, "rg.evaluate", f"head.path={head}", "alphas=[0.05]", *TINY)
+    assert done.returncode == 0 and "PCK@0.05" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("module", "overrides", "named"),
     [

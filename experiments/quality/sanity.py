@@ -54,7 +54,7 @@ class Controls:
         target, visible = keypoints[..., :2], keypoints[..., 2] > 0
         side = box_side(target, visible)
         plain, guided = (self.poses(head, k) for k in (None, self.samples.keypoints))
-        before, after = (pck(found, target, visible, side, alpha) for found in (plain, guided))
+        before, after = (pck(found, target, visible, side, [alpha])[:, 0] for found in (plain, guided))
         return {"alpha": alpha, "images": len(keypoints), "gain": paired_gain(before, after)}
 
     def own_target(self, scheduler: str = "euler") -> dict[str, Any]:

@@ -137,7 +137,7 @@ def pair_pck(first: Tensor, second: Tensor, batch: dict[str, Any]) -> list[Tenso
     seen = (batch["points"][..., 2] > 0).all(-1)
     found = nearest(first, second, source[..., :2], tuple(batch["image"].shape[-2:]))
     side = box_side(target[..., :2], seen)
-    return [pck(found, target[..., :2], seen, side, alpha) for alpha in ALPHAS]
+    return list(pck(found, target[..., :2], seen, side, ALPHAS).T.contiguous())
 
 
 def _similarity(readout: Tensor, vectors: Tensor, points: Tensor, counted: Tensor) -> Tensor:

@@ -10,6 +10,12 @@ from torch import Tensor
 from rg.metrics.statistics import ImageMeans
 
 
+def check_alphas(alphas: Sequence[float]) -> None:
+    """Raises ValueError where there is no tolerance, or one outside (0, 1)."""
+    if not alphas or any(not 0 < alpha < 1 for alpha in alphas):
+        raise ValueError(f"alphas: expected values in (0, 1), at least one, got {list(alphas)}")
+
+
 def box_side(points: Tensor, visible: Tensor) -> Tensor:
     """Larger side of the box around the visible ones of points (B, K, 2): (B,) in pixels, 0 where fewer than two are.
 
@@ -22,7 +28,7 @@ def box_side(points: Tensor, visible: Tensor) -> Tensor:
     return (high - low).amax(-1).clamp_min(0)
 
 
-def pck(predicted: Tensor, target: Tensor, visible: Tensor, size: Tensor, alpha: float) -> Tensor:
+def pck(predicted: Tensor, target: Tensor, visible: Tensor, size: Tensor, alphas: Sequence[float]) -> Tensor:
     """Share of each image's visible keypoints that lie within alpha * size of their target (Yang & Ramanan, 2013).
 
     Args:
@@ -30,17 +36,16 @@ def pck(predicted: Tensor, target: Tensor, visible: Tensor, size: Tensor, alpha:
         target: (B, K, 2) in pixels.
         visible: (B, K) bool, which keypoints count; at least one per image.
         size: (B,) side of a box in pixels, see `box_side`.
-        alpha: tolerance as a share of the box, in (0, 1).
+        alphas: A tolerances as shares of the box, in (0, 1).
 
     Returns:
-        (B,) in [0, 1].
+        (B, A) in [0, 1].
 
     Raises:
-        ValueError: alpha outside (0, 1), tensors that do not fit together, or an image without a visible keypoint
-            (it has no score: leave it out, or do not draw such targets).
+        ValueError: no alpha or one outside (0, 1), tensors that do not fit together, or an image without a visible
+            keypoint (it has no score: leave it out, or do not draw such targets).
     """
-    if not 0 < alpha < 1:
-        raise ValueError(f"expected alpha in (0, 1), got {alpha}: change `alpha`")
+    check_alphas(alphas)
     b, k = visible.shape
     shapes = [tuple(x.shape) for x in (predicted, target, size)]
     if shapes != [(b, k, 2), (b, k, 2), (b,)]:
@@ -48,8 +53,9 @@ def pck(predicted: Tensor, target: Tensor, visible: Tensor, size: Tensor, alpha:
     empty = (~visible.any(1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"PCK counts visible keypoints only, and these samples of the batch have none: {empty}")
-    correct = (predicted - target).norm(dim=-1) <= alpha * size[:, None]
-    return (correct & visible).sum(1) / visible.sum(1)
+    reach = torch.stack([alpha * size for alpha in alphas], -1)
+    correct = (predicted - target).norm(dim=-1)[..., None] <= reach[:, None]
+    return (correct & visible[..., None]).sum(1) / visible.sum(1)[:, None]
 
 
 def match_people(predicted: Tensor, target: Tensor, visible: Tensor, present: Tensor) -> Tensor:
@@ -87,9 +93,7 @@ class PCK(ImageMeans):
     def __init__(
         self, *, alphas: Sequence[float] = (0.05, 0.1, 0.2), box: Literal["target", "predicted"] = "target"
     ) -> None:
-        wrong = [alpha for alpha in alphas if not 0 < alpha < 1]
-        if wrong or not alphas:
-            raise ValueError(f"expected alphas in (0, 1), at least one, got {list(alphas)}: change `alphas`")
+        check_alphas(alphas)
         if box not in ("target", "predicted"):
             raise ValueError(f"expected box 'target' or 'predicted', got {box!r}: change `box`")
         super().__init__(alphas)
@@ -107,7 +111,7 @@ class PCK(ImageMeans):
             ValueError: see `pck`.
         """
         size = box_side(target if self.box == "target" else predicted, visible)
-        shares = torch.stack([pck(predicted, target, visible, size, alpha) for alpha in self.names], 1)
+        shares = pck(predicted, target, visible, size, self.names)
         if present is not None:
             shares = shares * present[:, None]
         self.add_images(shares)

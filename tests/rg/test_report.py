@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rg.detectors.keypoints import Detection, KeypointDetector
-from rg.report import KERNEL_IMAGES, distances_to, score_images, summarise, table
+from rg.report import KERNEL_IMAGES, distances_to, headline, score_images, summarise, table
 
 
 def square_pose(side: float, hidden: tuple[int, ...] = ()) -> torch.Tensor:
@@ -88,6 +88,19 @@ def test_summary_is_paired():
     # Every image gains exactly 0.4, however much the images differ: the interval has no width.
     assert row["gain"] == {key: pytest.approx(0.4, abs=1e-6) for key in ("mean", "low", "high")}
     assert row["share_of_ceiling"] == pytest.approx(0.7 / 0.9)
+
+
+@pytest.mark.parametrize(("alphas", "expected"), [(["0.05"], 0.05), (["0.05", "0.1"], 0.1), (["0.2", "0.1"], 0.2)])
+def test_the_headline_is_at_the_largest_alpha(alphas: list[str], expected: float):
+    assert headline({"pck": {alpha: {"guided": {"mean": float(alpha)}} for alpha in alphas}}) == expected
+
+
+def test_images_scored_together_have_the_scores_of_each():
+    poses = torch.cat([square_pose(20.0), square_pose(10.0, hidden=(3,)), square_pose(15.0)])
+    points = poses[..., :2] + torch.arange(18.0)[:, None] / 6
+    together = score_images(detection(points), poses, (0.1, 0.2))
+    alone = [score_images(detection(points[i : i + 1]), poses[i : i + 1], (0.1, 0.2))[0] for i in range(3)]
+    assert together == alone and 0 < together[0]["pck"]["target"]["0.1"] < together[0]["pck"]["target"]["0.2"]
 
 
 def test_one_image_has_no_interval_and_a_table():

@@ -225,7 +225,8 @@ def accuracy(found: Detection, keypoints: Tensor, everything: bool) -> list[floa
     points = found.points[torch.arange(len(order))[:, None], order]
     people = visible.any(-1)
     points, target, counted = points[people], target[people], (visible | everything)[people]
-    return [pck(points, target, counted, box_side(target, counted), alpha).mean().item() for alpha in ALPHAS]
+    shares = pck(points, target, counted, box_side(target, counted), ALPHAS)
+    return [share.mean().item() for share in shares.T.contiguous()]
 
 
 def accuracy_rows(detector: KeypointDetector, held_out: HeldOut, device: str) -> str:

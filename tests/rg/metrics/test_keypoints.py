@@ -53,24 +53,30 @@ def test_people_are_matched_by_smallest_total_distance() -> None:
 @pytest.mark.parametrize("alpha", SHARES)
 def test_pck_by_hand(alpha: float) -> None:
     torch.testing.assert_close(
-        pck(MOVED, TARGET, VISIBLE, box_side(TARGET, VISIBLE), alpha), torch.tensor(SHARES[alpha])
+        pck(MOVED, TARGET, VISIBLE, box_side(TARGET, VISIBLE), [alpha])[:, 0], torch.tensor(SHARES[alpha])
     )
+
+
+def test_pck_at_several_alphas_is_that_at_each() -> None:
+    side = box_side(TARGET, VISIBLE)
+    together = pck(MOVED, TARGET, VISIBLE, side, list(SHARES))
+    assert torch.equal(together, torch.cat([pck(MOVED, TARGET, VISIBLE, side, [alpha]) for alpha in SHARES], 1))
 
 
 def test_pck_of_the_right_points_is_one_and_does_not_depend_on_the_unit() -> None:
     predicted, target, visible, _ = random_images(5)
     size = box_side(target, visible)
-    assert pck(target, target, visible, size, 0.05).tolist() == [1] * 5
+    assert pck(target, target, visible, size, [0.05]).tolist() == [[1]] * 5
     torch.testing.assert_close(
-        pck(predicted, target, visible, size, 0.1), pck(4 * predicted, 4 * target, visible, 4 * size, 0.1)
+        pck(predicted, target, visible, size, [0.1]), pck(4 * predicted, 4 * target, visible, 4 * size, [0.1])
     )
 
 
 @pytest.mark.parametrize("alpha", [0, 1, -0.1, 2, math.nan])
 def test_alpha_outside_of_0_1_is_refused(alpha: float) -> None:
-    with pytest.raises(ValueError, match="`alpha`"):
-        pck(MOVED, TARGET, VISIBLE, torch.ones(2), alpha)
-    with pytest.raises(ValueError, match="`alphas`"):
+    with pytest.raises(ValueError, match="alphas"):
+        pck(MOVED, TARGET, VISIBLE, torch.ones(2), [alpha])
+    with pytest.raises(ValueError, match="alphas"):
         PCK(alphas=(0.1, alpha))
 
 
@@ -78,9 +84,9 @@ def test_other_bad_input_is_refused() -> None:
     nothing = VISIBLE.clone()
     nothing[1] = False
     with pytest.raises(ValueError, match=r"none: \[1\]"):
-        pck(MOVED, TARGET, nothing, torch.ones(2), 0.1)
+        pck(MOVED, TARGET, nothing, torch.ones(2), [0.1])
     with pytest.raises(ValueError, match=r"got .*\(2, 3, 2\)"):
-        pck(MOVED[:, :3], TARGET, VISIBLE, torch.ones(2), 0.1)
+        pck(MOVED[:, :3], TARGET, VISIBLE, torch.ones(2), [0.1])
     with pytest.raises(ValueError, match="`box`"):
         PCK(box="image")
     with pytest.raises(ValueError, match="no images"), pytest.warns(UserWarning):
