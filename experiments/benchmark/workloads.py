@@ -212,7 +212,7 @@ def training_speed(bench: Bench, *, batch_size: int, steps: int) -> dict[str, fl
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
 
     def step(number: int, encode: bool) -> None:
-        drawn = {**batch, "draw": batch["index"] * 0 + number}
+        drawn = {**batch, "epoch": batch["index"] * 0 + number}
         if encode:
             drawn["latent_mean"], drawn["latent_std"] = backbone.encode(batch["image"])
         optimizer.zero_grad()

@@ -14,8 +14,8 @@ from rg.data.samples import Batch, DataError, Groups, Samples
 from rg.data.shards import Manifest, read_shards
 
 
-class Passes(Dataset[Batch]):
-    """Pass after pass over n samples, each in its own order: position p is in pass p // n, and that is its draw."""
+class ShuffledEpochs(Dataset[Batch]):
+    """Epoch after epoch of n samples, each in an order of its own: position p is in epoch p // n."""
 
     def __init__(self, *, samples: Samples | Groups, seed: int) -> None:
         self.samples = samples
@@ -29,19 +29,19 @@ class Passes(Dataset[Batch]):
         number, place = divmod(position, len(self.samples))
         if self._order[0] != number:
             self._order = number, np.random.default_rng((self.seed, number)).permutation(len(self.samples))
-        return self.samples[int(self._order[1][place])] | {"draw": number}
+        return self.samples[int(self._order[1][place])] | {"epoch": number}
 
 
-class Positions(DistributedSampler[Batch]):
-    """Which positions of `Passes` one rank sees: step k takes the k-th block of ranks x batch_size, a part per rank.
+class ResumableSampler(DistributedSampler[Batch]):
+    """Which positions one rank sees: step k takes the k-th block of ranks x batch_size of them, a part per rank.
 
     It counts what it has given, over all epochs; that count is its whole state, and Lightning's epoch is not read:
     a checkpoint of a run that ended in mid-epoch says that the epoch is over.
     It is a DistributedSampler because Lightning replaces every other sampler when there are several ranks.
     """
 
-    def __init__(self, passes: Passes, *, batch_size: int, epoch_batches: int, rank: int, ranks: int) -> None:
-        super().__init__(passes, num_replicas=ranks, rank=rank, shuffle=False)
+    def __init__(self, epochs: ShuffledEpochs, *, batch_size: int, epoch_batches: int, rank: int, ranks: int) -> None:
+        super().__init__(epochs, num_replicas=ranks, rank=rank, shuffle=False)
         self.batch_size = batch_size
         self.epoch_batches = epoch_batches
         self.given = 0
@@ -136,12 +136,12 @@ class ReadoutDataModule(LightningDataModule):
     def train_dataloader(self) -> StatefulDataLoader:
         """`epoch_batches` batches per epoch and rank; resumes in the middle of an epoch exactly."""
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        passes = Passes(samples=self.train_set, seed=self.seed)
+        epochs = ShuffledEpochs(samples=self.train_set, seed=self.seed)
         places = {"batch_size": self.batch_size, "epoch_batches": self.epoch_batches, "rank": rank, "ranks": ranks}
         # Its own generator: a loader otherwise draws a number from the global one whenever it is started.
         generator = torch.Generator().manual_seed(self.seed)
-        sampler = Positions(passes, **places)
-        return StatefulDataLoader(passes, batch_size=self.batch_size, sampler=sampler, generator=generator)
+        sampler = ResumableSampler(epochs, **places)
+        return StatefulDataLoader(epochs, batch_size=self.batch_size, sampler=sampler, generator=generator)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """All held-out images in order, the last batch as short as it is.

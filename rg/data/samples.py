@@ -4,8 +4,8 @@ A sample's key is its index in its split, as eight digits. Members: image.png an
 json (prompt, kind, seed, identity, size, keypoints), and latent.npy.
 A batch is a dict: image and label (B, 3, H, W) float32 in [-1, 1]; keypoints (B, P, 18, 3) float32 of (x, y, visible)
 in pixels of the image, absent people all 0; latent_mean and latent_std (B, C, h, w) float32, scaled latents;
-prompt list[str]; index (B,) int64, the sample's place in its split; draw (B,) int64, how often the sample was drawn
-before in this run.
+prompt list[str]; index (B,) int64, the sample's place in its split; epoch (B,) int64, how often the sample
+was seen before in this run.
 """
 
 import io
@@ -151,7 +151,7 @@ def from_npy(data: bytes) -> Tensor:
 
 @dataclass(frozen=True)
 class Samples(Dataset[Batch]):
-    """N samples in memory, compact; indexing gives one sample of a batch (see above), with draw 0.
+    """N samples in memory, compact; indexing gives one sample of a batch (see above), with epoch 0.
 
     Attributes:
         index: (N,) int64, places in the split.
@@ -182,7 +182,7 @@ class Samples(Dataset[Batch]):
             "latent_std": std,
             "prompt": self.prompt[position],
             "index": self.index[position],
-            "draw": 0,
+            "epoch": 0,
         }
 
     @classmethod
@@ -264,7 +264,7 @@ def _split(latents: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Groups(Dataset[Batch]):
-    """B groups of G images in memory, compact; indexing gives one group of a batch (see above), with draw 0.
+    """B groups of G images in memory, compact; indexing gives one group of a batch (see above), with epoch 0.
 
     Attributes:
         index: (B,) int64, places in the split.
@@ -295,7 +295,7 @@ class Groups(Dataset[Batch]):
             "latent_std": std,
             "prompt": self.prompt[position],
             "index": self.index[position],
-            "draw": 0,
+            "epoch": 0,
         }
 
     @classmethod

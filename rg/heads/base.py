@@ -122,7 +122,7 @@ class ReadoutHead(LightningModule):
         """Latents and noise (B, C, h, w), or (B, G, C, h, w) of groups, and timesteps (B,): of seed, index, draw."""
         latents, noises, timesteps = [], [], []
         for mean, std, index, seen in zip(
-            batch["latent_mean"], batch["latent_std"], batch["index"].tolist(), batch["draw"].tolist(), strict=True
+            batch["latent_mean"], batch["latent_std"], batch["index"].tolist(), batch["epoch"].tolist(), strict=True
         ):
             # The hash of a tuple of integers is the same in every process, unlike that of a string.
             generator = torch.Generator().manual_seed(hash((self.hparams.seed, index, seen)) % 2**63)
@@ -138,9 +138,9 @@ class ReadoutHead(LightningModule):
 
     def read_at(self, batch: dict[str, Any], timestep: int) -> Tensor:
         """Readout of a held-out batch at one noise level, the same at every call."""
-        timesteps = torch.full_like(batch["draw"], timestep)
+        timesteps = torch.full_like(batch["epoch"], timestep)
         # Negative counts: no training draw uses them.
-        _, noise, _ = self.draw({**batch, "draw": -2 - timesteps})
+        _, noise, _ = self.draw({**batch, "epoch": -2 - timesteps})
         return self.read(batch["latent_mean"], noise, timesteps)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -20,7 +20,7 @@ def make_batch(count):
         "latent_std": torch.full((count, 4, 8, 8), 0.1),
         "prompt": ["a person"] * count,
         "index": torch.arange(count),
-        "draw": torch.zeros(count, dtype=torch.int64),
+        "epoch": torch.zeros(count, dtype=torch.int64),
     }
 
 

@@ -6,7 +6,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rg.data.datamodule import Passes, Positions, ReadoutDataModule
+from rg.data.datamodule import ReadoutDataModule, ResumableSampler, ShuffledEpochs
 from rg.data.samples import DataError
 from rg.data.shards import read_shards
 
@@ -21,31 +21,31 @@ def root(tmp_path, make_split) -> Path:
 
 
 def test_every_pass_is_a_permutation_of_its_own(root):
-    passes = Passes(samples=read_shards(root / "train"), seed=0)
-    drawn = [passes[position] for position in range(36)]
+    epochs = ShuffledEpochs(samples=read_shards(root / "train"), seed=0)
+    drawn = [epochs[position] for position in range(36)]
     orders = [[int(item["index"]) for item in drawn[start : start + 12]] for start in (0, 12, 24)]
     assert all(sorted(order) == list(range(12)) for order in orders)
     assert orders[0] != orders[1] != orders[2]
-    assert [item["draw"] for item in drawn] == [0] * 12 + [1] * 12 + [2] * 12
-    assert [int(passes[position]["index"]) for position in (30, 5)] == [orders[2][6], orders[0][5]]
-    other = Passes(samples=read_shards(root / "train"), seed=1)
+    assert [item["epoch"] for item in drawn] == [0] * 12 + [1] * 12 + [2] * 12
+    assert [int(epochs[position]["index"]) for position in (30, 5)] == [orders[2][6], orders[0][5]]
+    other = ShuffledEpochs(samples=read_shards(root / "train"), seed=1)
     assert [int(other[position]["index"]) for position in range(12)] != orders[0]
 
 
 def test_epochs_follow_without_a_gap_and_ranks_share_them(root):
-    passes = Passes(samples=read_shards(root / "train"), seed=0)
-    alone = Positions(passes, batch_size=4, epoch_batches=5, rank=0, ranks=1)
+    epochs = ShuffledEpochs(samples=read_shards(root / "train"), seed=0)
+    alone = ResumableSampler(epochs, batch_size=4, epoch_batches=5, rank=0, ranks=1)
     assert len(alone) == 20
     assert list(alone) + list(alone) == list(range(40))
-    pair = [Positions(passes, batch_size=4, epoch_batches=5, rank=rank, ranks=2) for rank in (0, 1)]
+    pair = [ResumableSampler(epochs, batch_size=4, epoch_batches=5, rank=rank, ranks=2) for rank in (0, 1)]
     first, second = ([list(sampler), list(sampler)] for sampler in pair)
     assert first[1][:8] == [40, 41, 42, 43, 48, 49, 50, 51]
     assert sorted(first[0] + second[0]) == list(range(40)) and sorted(first[1] + second[1]) == list(range(40, 80))
 
 
 def test_positions_continue_from_their_state(root):
-    passes = Passes(samples=read_shards(root / "train"), seed=0)
-    sampler, other = (Positions(passes, batch_size=4, epoch_batches=5, rank=0, ranks=1) for _ in range(2))
+    epochs = ShuffledEpochs(samples=read_shards(root / "train"), seed=0)
+    sampler, other = (ResumableSampler(epochs, batch_size=4, epoch_batches=5, rank=0, ranks=1) for _ in range(2))
     assert list(itertools.islice(itertools.chain(sampler, sampler), 27)) == list(range(27))
     other.load_state_dict(sampler.state_dict())
     assert [list(other), list(other)] == [list(range(27, 40)), list(range(40, 60))]
@@ -56,7 +56,7 @@ def test_size_below_the_batch(root):
     data.setup("fit")
     batches = list(data.train_dataloader())
     assert len(batches) == 5 and all(len(batch["index"]) == 4 for batch in batches)
-    assert torch.cat([batch["draw"] for batch in batches]).tolist() == [place // 3 for place in range(20)]
+    assert torch.cat([batch["epoch"] for batch in batches]).tolist() == [place // 3 for place in range(20)]
 
 
 def test_batches(root):
@@ -72,10 +72,10 @@ def test_batches(root):
         "latent_mean": (4, 2, 2, 2),
         "latent_std": (4, 2, 2, 2),
         "index": (4,),
-        "draw": (4,),
+        "epoch": (4,),
     }
     assert batch["prompt"] == [f"image {index}" for index in batch["index"].tolist()]
-    assert batch["index"].dtype == batch["draw"].dtype == torch.int64
+    assert batch["index"].dtype == batch["epoch"].dtype == torch.int64
     held_out = list(data.val_dataloader())
     assert torch.cat([batch["index"] for batch in held_out]).tolist() == list(range(5))
     assert [len(batch["index"]) for batch in held_out] == [4, 1]
@@ -131,7 +131,7 @@ class Recorder(LightningModule):
         self.seen = []
 
     def training_step(self, batch, _):
-        self.seen.append((batch["index"].tolist(), batch["draw"].tolist()))
+        self.seen.append((batch["index"].tolist(), batch["epoch"].tolist()))
         return (self.weight - batch["image"].mean()) ** 2
 
     def validation_step(self, batch, _):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from webdataset import TarWriter
 
-from rg.data.datamodule import Passes
+from rg.data.datamodule import ShuffledEpochs
 from rg.data.samples import DataError, Group, Groups
 from rg.data.shards import Manifest, read_shards
 
@@ -63,7 +63,7 @@ def test_groups_in_memory():
     assert torch.equal(first["points"], POINTS)
     assert torch.equal(second["points"][:1], POINTS[:1]) and not second["points"][1:].any()
     assert first["turn"] == 12.5 and second["turn"].isnan()
-    assert (int(second["index"]), second["draw"], second["prompt"]) == (9, 0, GROUP.prompt)
+    assert (int(second["index"]), second["epoch"], second["prompt"]) == (9, 0, GROUP.prompt)
 
 
 def test_shards_of_groups_are_read_like_those_of_images(tmp_path):
@@ -74,8 +74,8 @@ def test_shards_of_groups_are_read_like_those_of_images(tmp_path):
     Manifest("train", {}, "a" * 16, {}, {SHARD.name: {"start": 0, "stop": 3, "samples": 3}}).write(tmp_path)
     read = read_shards(tmp_path, 2)
     assert isinstance(read, Groups) and read.prompt == ["0", "1"] and read.image.shape == (2, 2, 3, 4, 4)
-    passes = Passes(samples=read, seed=0)
-    assert [passes[position]["draw"] for position in range(4)] == [0, 0, 1, 1]
+    epochs = ShuffledEpochs(samples=read, seed=0)
+    assert [epochs[position]["epoch"] for position in range(4)] == [0, 0, 1, 1]
     larger = replace(groups[2], images=torch.zeros(3, 3, 4, 4).byte(), points=torch.zeros(0, 3, 3))
     with TarWriter(str(tmp_path / SHARD), encoder=False, mtime=0) as writer:
         for group in [*groups[:2], replace(larger, latents=torch.zeros(3, 8, 2, 2).half())]:

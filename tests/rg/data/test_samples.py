@@ -83,4 +83,4 @@ def test_samples_in_memory():
     assert torch.equal(first["latent_std"], SAMPLE.latent[4:].float())
     assert torch.equal(first["keypoints"], SAMPLE.keypoints)
     assert second["keypoints"].shape == (1, 18, 3) and not second["keypoints"].any()
-    assert (int(second["index"]), second["draw"], second["prompt"]) == (9, 0, SAMPLE.prompt)
+    assert (int(second["index"]), second["epoch"], second["prompt"]) == (9, 0, SAMPLE.prompt)

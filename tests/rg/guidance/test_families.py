@@ -238,7 +238,7 @@ def test_a_pose_head_learns_on_a_saved_transformer_and_guides_it(tokenizer, pose
     samples |= {"latent_mean": torch.randn(4, 4, 8, 8), "latent_std": torch.zeros(4, 4, 8, 8)}
     optimizer, losses = torch.optim.AdamW(head.parameters(), lr=1e-2), []
     for step in range(60):
-        batch = {**samples, "draw": torch.full((4,), step)}
+        batch = {**samples, "epoch": torch.full((4,), step)}
         loss = head.loss(head.read(*head.draw(batch)), batch)
         optimizer.zero_grad()
         loss.backward()

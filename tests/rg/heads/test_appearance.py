@@ -76,7 +76,7 @@ def test_accuracies_are_means_over_all_held_out_groups(tiny_pipeline, tmp_path):
     def group(number):
         latents = torch.randn(4, 4, 8, 8, generator=generator)
         latents[1] = latents[0]
-        return {"latent_mean": latents, "latent_std": 0 * latents, "index": number, "draw": 0}
+        return {"latent_mean": latents, "latent_std": 0 * latents, "index": number, "epoch": 0}
 
     batches = DataLoader([group(number) for number in range(3)], batch_size=2)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}

@@ -50,7 +50,7 @@ def make_batch(indices, draws, *, side=8):
         "latent_mean": torch.stack(latents),
         "latent_std": torch.full((len(indices), 4, side, side), 0.1),
         "index": torch.tensor(indices),
-        "draw": torch.tensor(draws),
+        "epoch": torch.tensor(draws),
     }
 
 

@@ -75,7 +75,7 @@ def make_batch(head, dtype=torch.float32, batch=2, latent_side=4):
         "latent_mean": torch.randn(batch, *group, 4, latent_side, latent_side, generator=generator, dtype=dtype),
         "latent_std": torch.full((batch, *group, 4, latent_side, latent_side), 0.1, dtype=dtype),
         "index": torch.arange(batch),
-        "draw": torch.zeros(batch, dtype=torch.int64),
+        "epoch": torch.zeros(batch, dtype=torch.int64),
     }
 
 

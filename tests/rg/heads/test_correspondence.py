@@ -91,7 +91,7 @@ def trained(tiny_pipeline):
         "latent_mean": torch.randn(shape, generator=generator),
         "latent_std": torch.full(shape, 0.1),
         "index": torch.arange(3),
-        "draw": torch.zeros(3, dtype=torch.int64),
+        "epoch": torch.zeros(3, dtype=torch.int64),
     }
     return head, batch
 
