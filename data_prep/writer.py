@@ -85,6 +85,7 @@ class ShardWriter:
                     if isinstance(made, Skip):
                         skipped[f"{index:08d}"] = made.reason
                     else:
+                        self.manifest.kind = "group" if isinstance(made, Group) else "image"
                         writer.write(made.encode())
                         samples += 1
                 advance(len(batch))

@@ -11,7 +11,7 @@ was seen before in this run.
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -34,8 +34,34 @@ class DataError(ValueError):
     """A folder, shard, member or setting that cannot be used; the message names it, what was expected and found."""
 
 
+class _Record:
+    """What Sample and Group share: a key, words, and how they are written."""
+
+    index: int
+    prompt: str
+    kind: str
+    seed: tuple[int, ...] | None
+    identity: list[dict[str, Any]] | None
+
+    def _members(self) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+        """Images (3, H, W) by the names of their members, what the json holds beside the words, latents (2C, h, w)."""
+        raise NotImplementedError
+
+    def encode(self) -> dict[str, str | bytes]:
+        """The record as a webdataset writer takes it: "__key__" and the bytes of each member."""
+        images, meta, latent = self._members()
+        words = {name: getattr(self, name) for name in ("prompt", "kind", "seed", "identity")}
+        size = list(next(iter(images.values())).shape[-2:])
+        return {
+            "__key__": f"{self.index:08d}",
+            **{name: to_png(image) for name, image in images.items()},
+            "json": json.dumps({**words, "size": size, **meta}).encode(),
+            "latent.npy": to_npy(latent),
+        }
+
+
 @dataclass(frozen=True)
-class Sample:
+class Sample(_Record):
     """One labelled image.
 
     Attributes:
@@ -60,16 +86,9 @@ class Sample:
     seed: tuple[int, ...] | None
     identity: list[dict[str, Any]] | None
 
-    def encode(self) -> dict[str, str | bytes]:
-        """The sample as a webdataset writer takes it: "__key__" and the bytes of each member."""
-        meta = write_words(self, self.image) | {"keypoints": self.keypoints.tolist()}
-        return {
-            "__key__": f"{self.index:08d}",
-            "image.png": to_png(self.image),
-            "label.png": to_png(self.label),
-            "json": json.dumps(meta).encode(),
-            "latent.npy": to_npy(self.latent),
-        }
+    def _members(self) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+        images = {"image.png": self.image, "label.png": self.label}
+        return images, {"keypoints": self.keypoints.tolist()}, self.latent
 
     @classmethod
     def decode(cls, raw: dict[str, Any], shard: Path) -> Self:
@@ -101,13 +120,7 @@ def read_member(raw: dict[str, Any], member: str, shard: Path, read: Callable[[b
         raise DataError(f"{shard}: {member} of sample {key} cannot be used: {error}") from error
 
 
-def write_words(sample: Any, image: Tensor) -> dict[str, Any]:
-    """What the json of every sample holds: its words, and the size of its images (..., H, W). See `read_words`."""
-    words = {name: getattr(sample, name) for name in ("prompt", "kind", "seed", "identity")}
-    return {**words, "size": list(image.shape[-2:])}
-
-
-def read_words(meta: dict[str, Any]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+def words_of(meta: dict[str, Any]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
     """(height, width) and (prompt, kind, seed, identity) of a sample's json; raises KeyError where one is missing."""
     seed = None if meta["seed"] is None else tuple(meta["seed"])
     return tuple(meta["size"]), (meta["prompt"], meta["kind"], seed, meta["identity"])
@@ -116,7 +129,7 @@ def read_words(meta: dict[str, Any]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
 def _from_json(data: bytes) -> tuple[Any, ...]:
     meta = json.loads(data)
     keypoints = torch.tensor(meta["keypoints"], dtype=torch.float32).reshape(-1, 18, 3)
-    return *read_words(meta), keypoints
+    return *words_of(meta), keypoints
 
 
 def to_png(image: Tensor) -> bytes:
@@ -149,8 +162,24 @@ def from_npy(data: bytes) -> Tensor:
     return torch.from_numpy(latent)
 
 
+class _Stack(Dataset[Batch]):
+    """What Samples and Groups share: indexing gives one row of every attribute, in the form of a batch."""
+
+    latent: Tensor
+    prompt: list[str]
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def __getitem__(self, position: int) -> Batch:
+        row = {field.name: getattr(self, field.name)[position] for field in fields(self)}
+        mean, std = row.pop("latent").float().chunk(2, -3)
+        images = {name: from_bytes(row[name]) for name in ("image", "label") if name in row}
+        return {**row, **images, "latent_mean": mean, "latent_std": std, "epoch": 0}
+
+
 @dataclass(frozen=True)
-class Samples(Dataset[Batch]):
+class Samples(_Stack):
     """N samples in memory, compact; indexing gives one sample of a batch (see above), with epoch 0.
 
     Attributes:
@@ -169,22 +198,6 @@ class Samples(Dataset[Batch]):
     latent: Tensor
     prompt: list[str]
 
-    def __len__(self) -> int:
-        return len(self.prompt)
-
-    def __getitem__(self, position: int) -> Batch:
-        mean, std = self.latent[position].float().chunk(2)
-        return {
-            "image": from_bytes(self.image[position]),
-            "label": from_bytes(self.label[position]),
-            "keypoints": self.keypoints[position],
-            "latent_mean": mean,
-            "latent_std": std,
-            "prompt": self.prompt[position],
-            "index": self.index[position],
-            "epoch": 0,
-        }
-
     @classmethod
     def stack(cls, samples: Sequence[Sample]) -> Self:
         """Puts samples together; raises RuntimeError where images or latents differ in size."""
@@ -200,7 +213,7 @@ class Samples(Dataset[Batch]):
 
 
 @dataclass(frozen=True)
-class Group:
+class Group(_Record):
     """Images that belong together.
 
     Attributes:
@@ -224,13 +237,10 @@ class Group:
     seed: tuple[int, ...] | None
     identity: list[dict[str, Any]] | None
 
-    def encode(self) -> dict[str, str | bytes]:
-        """The group as a webdataset writer takes it: "__key__" and the bytes of each member."""
-        meta = write_words(self, self.images)
-        meta |= {"pictures": len(self.images), "turn": self.turn, "points": self.points.tolist()}
-        images = {f"{number}.png": to_png(image) for number, image in enumerate(self.images)}
-        latent = to_npy(self.latents.flatten(0, 1))
-        return {"__key__": f"{self.index:08d}", **images, "json": json.dumps(meta).encode(), "latent.npy": latent}
+    def _members(self) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+        images = {f"{number}.png": image for number, image in enumerate(self.images)}
+        meta = {"pictures": len(self.images), "turn": self.turn, "points": self.points.tolist()}
+        return images, meta, self.latents.flatten(0, 1)
 
     @classmethod
     def decode(cls, raw: dict[str, Any], shard: Path) -> Self:
@@ -252,7 +262,7 @@ def _group_from_json(data: bytes) -> tuple[Any, ...]:
     points = torch.tensor(meta["points"], dtype=torch.float32).reshape(-1, meta["pictures"], 3)
     if len(points) and not (points[..., 2] > 0).all(1).any():
         raise ValueError("expected at least one point that is visible in all images, found none")
-    return *read_words(meta), meta["pictures"], turn, points
+    return *words_of(meta), meta["pictures"], turn, points
 
 
 def _split(latents: Tensor, count: int) -> Tensor:
@@ -263,7 +273,7 @@ def _split(latents: Tensor, count: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Groups(Dataset[Batch]):
+class Groups(_Stack):
     """B groups of G images in memory, compact; indexing gives one group of a batch (see above), with epoch 0.
 
     Attributes:
@@ -282,22 +292,6 @@ class Groups(Dataset[Batch]):
     latent: Tensor
     prompt: list[str]
 
-    def __len__(self) -> int:
-        return len(self.prompt)
-
-    def __getitem__(self, position: int) -> Batch:
-        mean, std = self.latent[position].float().chunk(2, 1)
-        return {
-            "image": from_bytes(self.image[position]),
-            "points": self.points[position],
-            "turn": self.turn[position],
-            "latent_mean": mean,
-            "latent_std": std,
-            "prompt": self.prompt[position],
-            "index": self.index[position],
-            "epoch": 0,
-        }
-
     @classmethod
     def stack(cls, groups: Sequence[Group]) -> Self:
         """Puts groups together; raises RuntimeError where they differ in number or size of images or latents."""
@@ -309,3 +303,7 @@ class Groups(Dataset[Batch]):
             latent=torch.stack([group.latents for group in groups]),
             prompt=[group.prompt for group in groups],
         )
+
+
+# What a manifest calls the records of its shards.
+RECORDS: dict[str, type[Sample] | type[Group]] = {"image": Sample, "group": Group}

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from rg.data.samples import DataError, Group, Groups, Sample, Samples
+from rg.data.samples import RECORDS, DataError, Group, Groups, Sample, Samples
 from rg.io.files import write_json
 
 
@@ -29,6 +29,7 @@ class Manifest:
         versions: of the packages that wrote the last shard.
         shards: per finished shard its range of indices, "start" and "stop" (exclusive), and its number of "samples".
         skipped: key of each index in those ranges that has no sample, and why.
+        kind: what the samples are, a key of rg.data.samples.RECORDS; None before the first, and in older manifests.
     """
 
     split: str
@@ -37,6 +38,7 @@ class Manifest:
     versions: dict[str, str]
     shards: dict[str, dict[str, int]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    kind: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -51,7 +53,10 @@ class Manifest:
         try:
             content = json.loads(path.read_text())
             del content["samples"]
-            return cls(**content)
+            manifest = cls(**content)
+            if manifest.kind not in (None, *RECORDS):
+                raise ValueError(f"kind: expected one of {', '.join(RECORDS)}, found {manifest.kind!r}")
+            return manifest
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is not a manifest: {error!r}") from error
 
@@ -111,8 +116,8 @@ def read_samples(folder: Path, manifest: Manifest, wanted: Sequence[int]) -> lis
             continue
         for raw in read_shard(folder / name, shard):
             if int(raw["__key__"]) in missing:
-                kind = Group if "0.png" in raw else Sample
-                found[int(raw["__key__"])] = kind.decode(raw, folder / name)
+                kind = manifest.kind or ("group" if "0.png" in raw else "image")  # older manifests do not say
+                found[int(raw["__key__"])] = RECORDS[kind].decode(raw, folder / name)
     missing -= found.keys()
     if missing:
         raise DataError(f"{folder}: the shards lack sample {min(missing):08d}, which the manifest counts")

@@ -70,6 +70,7 @@ def test_shards_hold_what_was_asked_for(tmp_path, recipe, model):
     ]
     samples = read_shards(folder, autoencoder_id=DiffusionBackbone.from_pretrained(str(model)).autoencoder_id)
     assert samples.index.tolist() == manifest.indices() == [i for i in range(25) if i not in (BAD, 12)]
+    assert manifest.kind == Manifest.read(folder).kind == "image"
     mean, std = DiffusionBackbone.from_pretrained(str(model)).encode(samples.image[:3] / 127.5 - 1)
     torch.testing.assert_close(samples.latent[:3].float(), torch.cat([mean, std], 1), rtol=2e-3, atol=2e-3)
     image = np.array(Image.open(tmp_path / "images/04.png"))[:, 4:36]

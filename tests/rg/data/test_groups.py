@@ -66,12 +66,13 @@ def test_groups_in_memory():
     assert (int(second["index"]), second["epoch"], second["prompt"]) == (9, 0, GROUP.prompt)
 
 
-def test_shards_of_groups_are_read_like_those_of_images(tmp_path):
+@pytest.mark.parametrize("kind", ["group", None])
+def test_shards_of_groups_are_read_like_those_of_images(tmp_path, kind):
     groups = [replace(GROUP, index=index, prompt=str(index)) for index in range(3)]
     with TarWriter(str(tmp_path / SHARD), encoder=False, mtime=0) as writer:
         for group in groups:
             writer.write(group.encode())
-    Manifest("train", {}, "a" * 16, {}, {SHARD.name: {"start": 0, "stop": 3, "samples": 3}}).write(tmp_path)
+    Manifest("train", {}, "a" * 16, {}, {SHARD.name: {"start": 0, "stop": 3, "samples": 3}}, kind=kind).write(tmp_path)
     read = read_shards(tmp_path, 2)
     assert isinstance(read, Groups) and read.prompt == ["0", "1"] and read.image.shape == (2, 2, 3, 4, 4)
     epochs = ShuffledEpochs(samples=read, seed=0)

@@ -5,7 +5,7 @@ import tarfile
 import pytest
 import torch
 
-from rg.data.samples import DataError
+from rg.data.samples import DataError, Samples
 from rg.data.shards import Manifest, read_shards
 
 
@@ -126,3 +126,15 @@ def test_damaged_manifest(folder, text):
 def test_manifest_says_how_many(folder):
     assert json.loads((folder / "manifest.json").read_text())["samples"] == 24
     assert Manifest.read(folder).indices() == [i for i in range(25) if i != 3]
+
+
+def test_the_manifest_says_what_the_samples_are(folder):
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["kind"]  # as it was before there was one
+    path.write_text(json.dumps(content))
+    assert Manifest.read(folder).kind is None and isinstance(read_shards(folder), Samples)
+    for kind, named in (("group", "json of sample .*'turn'"), ("video", "kind.*'video'")):
+        path.write_text(json.dumps({**content, "kind": kind}))
+        with pytest.raises(DataError, match=named):
+            read_shards(folder)
