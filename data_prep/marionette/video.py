@@ -169,12 +169,12 @@ def render_videos(
     if not seeds or frames < 2 or points < 1:
         raise ValueError(f"expected at least 1 seed, 2 frames and 1 point, got {len(seeds)}, {frames} and {points}")
     settings = {"points": points, "resolution": resolution, "supersampling": supersampling, "device": device}
-    films = [film(draw_video(seed, frames, kinds), seed=seed, **settings) for seed in seeds]
+    films = [render_clip(draw_video(seed, frames, kinds), seed=seed, **settings) for seed in seeds]
     tables = (torch.cat([getattr(made, name) for made in films]) for name in ("tracks", "visible", "instances"))
     return Videos(Stills.join([made.stills for made in films]), *tables)
 
 
-def film(
+def render_clip(
     scenes: Sequence[Scene],
     *,
     seed: tuple[int, ...],

@@ -22,7 +22,9 @@ from rg.data.samples import SPLITS
 from rg.io.images import UNREADABLE, open_image
 
 
-def deal(names: Sequence[str], *, validation_share: float, test_share: float, seed: int) -> dict[str, list[str]]:
+def split_by_hash(
+    names: Sequence[str], *, validation_share: float, test_share: float, seed: int
+) -> dict[str, list[str]]:
     """The names of each split, in their order: decided by a seeded hash of a name alone.
 
     Raises:
@@ -62,8 +64,8 @@ class FolderSource:
         self.resolution = resolution
         files = (file.relative_to(self.path) for file in self.path.rglob("*") if file.suffix.lower() in ENDINGS)
         names = sorted(file.as_posix() for file in files)
-        splits = deal(names, validation_share=validation_share, test_share=test_share, seed=seed)
-        self.files = {split: [Path(name) for name in dealt] for split, dealt in splits.items()}
+        splits = split_by_hash(names, validation_share=validation_share, test_share=test_share, seed=seed)
+        self.files = {split: [Path(name) for name in chosen] for split, chosen in splits.items()}
 
     def describe(self, split: str) -> dict[str, Any]:
         """The crop and the names: another set of images gives the indices another meaning."""
@@ -137,7 +139,9 @@ class VideoFolderSource:
         self.frames: dict[str, list[Path]] = {}
         for file in sorted(file for file in self.path.rglob("*") if file.suffix.lower() in ENDINGS):
             self.frames.setdefault(file.parent.relative_to(self.path).as_posix(), []).append(file)
-        self.videos = deal(sorted(self.frames), validation_share=validation_share, test_share=test_share, seed=seed)
+        self.videos = split_by_hash(
+            sorted(self.frames), validation_share=validation_share, test_share=test_share, seed=seed
+        )
 
     def describe(self, split: str) -> dict[str, Any]:
         """The crop and the names: another set of frames gives the indices another meaning."""

@@ -11,7 +11,7 @@ from numpy.random import SeedSequence, default_rng
 from data_prep.marionette.render import render, render_scenes
 from data_prep.marionette.scene import FOCAL, KINDS, SHAPE, VERSION, Person, Scene
 from data_prep.marionette.scene_sampling import draw_scene
-from data_prep.marionette.video import draw_video, film
+from data_prep.marionette.video import draw_video, render_clip
 from data_prep.records import Skip, SourceGroup, SourceSample
 from data_prep.sources.folders import GAPS, draw_pair
 from rg.data.samples import SPLITS
@@ -71,7 +71,7 @@ class MarionettePairs:
         scenes = draw_clip(seed, self.kinds)
         scenes = scenes if self.clips else [scenes[0], scenes[-1]]
         try:
-            made = film(scenes, seed=seed, points=self.points, resolution=self.resolution)
+            made = render_clip(scenes, seed=seed, points=self.points, resolution=self.resolution)
         except ValueError as error:
             return Skip(str(error))
         points = torch.cat([made.tracks[0], made.visible[0, ..., None]], -1)
@@ -88,16 +88,16 @@ class MarionettePairs:
         )
 
 
-LOOK_STREAM = 0x100C5  # keeps the draws of other scenes apart from that of the anchor
+APPEARANCE_STREAM = 0x100C5  # keeps the draws of other scenes apart from that of the anchor
 FACE_STREAM = 0xFACE5  # keeps the draw of a face's frame apart from that of its scene
 # Of faces: image halves per world unit, how far from the centre in image halves, the turn against the camera in
 # radians, and the share of all other angles of a pose that is left.
 FACE_SCALE, FACE_SHIFT, FACE_YAW, FACE_POSE = (4.0, 4.6), 0.08, 0.35, 0.3
 # What of a person can change without moving a surface.
-COAT = ("shirt", "trousers", "skin", "hair", "eye", "shirt_pattern", "trousers_pattern")
+APPEARANCE = ("shirt", "trousers", "skin", "hair", "eye", "shirt_pattern", "trousers_pattern")
 
 
-class MarionetteLooks:
+class AppearanceTriplets:
     """Endless rendered videos: a frame, another one, and the first in the same pose with another appearance.
 
     An edit of the first is asked for the last image's appearance: the captions of this world name every colour, and
@@ -121,8 +121,8 @@ class MarionetteLooks:
     def scenes(self, seed: tuple[int, ...]) -> list[Scene]:
         """Anchor, positive and negative."""
         clip = draw_clip(seed, self.kinds)
-        other = draw_scene((LOOK_STREAM, *seed), {clip[0].kind: 1.0})
-        return [clip[0], clip[-1], other_look(clip[0], other)]
+        other = draw_scene((APPEARANCE_STREAM, *seed), {clip[0].kind: 1.0})
+        return [clip[0], clip[-1], other_appearance(clip[0], other)]
 
     def read(self, split: str, indices: Sequence[int]) -> list[SourceGroup | Skip]:
         return [self._read((self.seed, SPLITS.index(split), index)) for index in indices]
@@ -144,7 +144,7 @@ class MarionetteLooks:
         )
 
 
-class MarionetteFaces(MarionetteLooks):
+class IdentityTriplets(AppearanceTriplets):
     """Endless faces: a person, the same one in another place, turn and light, a look-alike, and a stranger.
 
     A look-alike is dressed, coloured and named in the same words; build and eyes are another's. A stranger shares
@@ -154,7 +154,7 @@ class MarionetteFaces(MarionetteLooks):
 
     def scenes(self, seed: tuple[int, ...]) -> list[Scene]:
         """Anchor, positive, look-alike and stranger."""
-        anchor, elsewhere, third, stranger = (draw_face((LOOK_STREAM + number, *seed)) for number in range(4))
+        anchor, elsewhere, third, stranger = (draw_face((APPEARANCE_STREAM + number, *seed)) for number in range(4))
         person, other = anchor.people[0], third.people[0]
         build = {name: other.identity[name] for name in (*SHAPE, "eye")}
         lookalike = replace(person, identity=person.identity | build)
@@ -173,11 +173,11 @@ def draw_face(seed: tuple[int, ...]) -> Scene:
     return replace(scene, camera=camera, people=(replace(person, pose=pose),))
 
 
-def other_look(scene: Scene, other: Scene) -> Scene:
+def other_appearance(scene: Scene, other: Scene) -> Scene:
     """A scene with the coats, ground and sky of another one of its kind; no surface moves."""
     people = []
     for person, model in zip(scene.people, other.people, strict=True):
-        coat = {name: model.identity[name] for name in COAT} | {
+        coat = {name: model.identity[name] for name in APPEARANCE} | {
             "hat": person.identity["hat"] and model.identity["shirt"]
         }
         people.append(replace(person, identity=person.identity | coat, phase=model.phase))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rg.heads.base import ReadoutHead
 from rg.metrics.keypoints import PCK
 from rg.metrics.maps import DepthScores, EdgeScores
-from rg.metrics.statistics import ImageMeans
+from rg.metrics.statistics import MeanPerImage
 from rg.points import COLORS, KEYPOINTS, Size, draw_skeletons, heatmaps, peaks
 
 VARIANTS = ("rgb", "keypoints")
@@ -202,7 +202,7 @@ class Score:
     """metric: makes the metric of one noise level. prefix: of its names in the log. read: what its `update` takes, of a
     head, a readout and its batch; None where the batch has nothing to score."""
 
-    metric: Callable[[], ImageMeans]
+    metric: Callable[[], MeanPerImage]
     prefix: str
     read: Callable[[Any, Tensor, dict[str, Any]], tuple[Tensor, ...] | None]
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rg.metrics.statistics import ImageMeans
+from rg.metrics.statistics import MeanPerImage
 
 
 def check_alphas(alphas: Sequence[float]) -> None:
@@ -79,7 +79,7 @@ def match_people(predicted: Tensor, target: Tensor, visible: Tensor, present: Te
     return orders[sums.argmin(1)]
 
 
-class PCK(ImageMeans):
+class PCK(MeanPerImage):
     """Mean share of correct keypoints over images, at several tolerances, which are the keys of what `compute` returns.
 
     Args:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rg.metrics.statistics import ImageMeans
+from rg.metrics.statistics import MeanPerImage
 
 FARTHEST = 0.1  # inverse depth relative to the image's nearest point: what is farther away has no depth
 DELTA = 1.25
@@ -14,7 +14,7 @@ THRESHOLD = 0.5  # half-way between black and white: above it lies an edge
 TOLERANCE = 1  # pixels, along each axis
 
 
-class DepthScores(ImageMeans):
+class DepthScores(MeanPerImage):
     """Scale-invariant error "si_log" (lower is better) and share of good pixels "delta1.25", means over images.
 
     A readout of relative inverse depth is first aligned with the truth, see `align`, then both are turned into depth,
@@ -45,7 +45,7 @@ class DepthScores(ImageMeans):
         self.add_images(torch.cat([spread, good], 1))
 
 
-class EdgeScores(ImageMeans):
+class EdgeScores(MeanPerImage):
     """F-score "f@1px" of edges at a tolerance of one pixel, mean over images.
 
     Both maps are cut at THRESHOLD. Precision is the share of the edge pixels read that have a true one among the nine

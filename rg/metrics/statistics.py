@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-class ImageMeans(Metric):
+class MeanPerImage(Metric):
     """Mean over images of N scores each, and its standard error. A subclass gives `update`, which ends in `add_images`.
 
     Args:

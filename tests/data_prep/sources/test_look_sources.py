@@ -11,7 +11,7 @@ from data_prep.marionette.scene import SHAPE
 from data_prep.marionette.scene_sampling import draw_scene
 from data_prep.prepare import build
 from data_prep.records import SourceGroup
-from data_prep.sources.marionette import COAT, MarionetteFaces, MarionetteLooks
+from data_prep.sources.marionette import APPEARANCE, AppearanceTriplets, IdentityTriplets
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.data.shards import read_shards
 
@@ -20,7 +20,7 @@ WORDS = {"shirt", "skin", "hair", "hair_length", "hat", "glasses", "shirt_patter
 
 @pytest.mark.parametrize("kind", ["one", "two", "portrait"])
 def test_another_appearance_moves_no_surface(kind):
-    source = MarionetteLooks(kinds={kind: 1.0})
+    source = AppearanceTriplets(kinds={kind: 1.0})
     for index in range(3):
         anchor, positive, negative = source.scenes((0, 0, index))
         stills = render_scenes([anchor, positive, negative], resolution=64, supersampling=2)
@@ -31,13 +31,13 @@ def test_another_appearance_moves_no_surface(kind):
         assert not torch.equal(stills.depth[0], stills.depth[1])
         assert [p.identity for p in anchor.people] == [p.identity for p in positive.people]
         for one, other in zip(anchor.people, negative.people, strict=True):
-            assert any(one.identity[name] != other.identity[name] for name in COAT)
+            assert any(one.identity[name] != other.identity[name] for name in APPEARANCE)
             assert (one.identity["hat"] is None) == (other.identity["hat"] is None)
 
 
 def test_a_look_alike_differs_in_its_build_and_eyes_alone_and_stands_elsewhere():
     for index in range(5):
-        scenes = MarionetteFaces().scenes((0, 0, index))
+        scenes = IdentityTriplets().scenes((0, 0, index))
         anchor, positive, lookalike, stranger = (scene.people[0] for scene in scenes)
         assert anchor.identity == positive.identity and anchor.phase == positive.phase == lookalike.phase
         assert {name: anchor.identity[name] for name in WORDS} == {name: lookalike.identity[name] for name in WORDS}
@@ -46,13 +46,13 @@ def test_a_look_alike_differs_in_its_build_and_eyes_alone_and_stands_elsewhere()
         assert len({scene.camera for scene in scenes}) == 4
         assert anchor.pose != positive.pose != lookalike.pose
         assert {scene.kind for scene in scenes} == {"portrait"}
-    people = [str(MarionetteFaces().scenes((0, split, i))[0].people[0].identity) for split in (0, 3) for i in range(9)]
+    people = [str(IdentityTriplets().scenes((0, split, i))[0].people[0].identity) for split in (0, 3) for i in range(9)]
     assert len(set(people)) == 18
 
 
 def test_faces_fill_their_images_and_look_at_the_camera():
     seen = render_scenes(
-        [s for i in range(8) for s in MarionetteFaces().scenes((0, 0, i))], resolution=64, supersampling=1
+        [s for i in range(8) for s in IdentityTriplets().scenes((0, 0, i))], resolution=64, supersampling=1
     )
     nose, eyes = seen.keypoints[:, 0, 0], seen.keypoints[:, 0, 14:16]
     assert (eyes[..., 2] > 0).all()
@@ -63,14 +63,14 @@ def test_faces_fill_their_images_and_look_at_the_camera():
 
 
 def test_an_edit_is_asked_for_the_other_appearance():
-    (group,) = MarionetteLooks(kinds={"one": 1.0}).read("val", [3])
+    (group,) = AppearanceTriplets(kinds={"one": 1.0}).read("val", [3])
     assert group.edit_prompt != group.prompt
-    anchor, _, other = MarionetteLooks(kinds={"one": 1.0}).scenes((0, 1, 3))
+    anchor, _, other = AppearanceTriplets(kinds={"one": 1.0}).scenes((0, 1, 3))
     assert (group.prompt, group.edit_prompt) == (anchor.prompt, other.prompt)
 
 
 def test_groups_of_a_source_depend_on_their_index_alone():
-    (alone,), both = MarionetteLooks().read("test", [4]), MarionetteLooks().read("test", [2, 4])
+    (alone,), both = AppearanceTriplets().read("test", [4]), AppearanceTriplets().read("test", [2, 4])
     assert torch.equal(alone.images, both[1].images) and torch.equal(alone.negatives, both[1].negatives)
     assert alone.images.shape == (2, 3, 64, 64) and alone.negatives.shape == (1, 3, 64, 64)
     assert not torch.equal(both[0].images, both[1].images)
@@ -114,7 +114,7 @@ def test_known_negatives_come_after_the_edit(editor):
 def test_the_smallest_edit_keeps_more_than_the_largest(tiny_pipeline):
     """With a real model: the embedded one."""
     backbone = DiffusionBackbone.from_pretrained("marionette")
-    (group,) = MarionetteLooks().read("val", [0])
+    (group,) = AppearanceTriplets().read("val", [0])
     changes = []
     for strength in (0.1, 0.9):
         edit = SDEdit(strength=strength, num_inference_steps=10)
@@ -132,7 +132,7 @@ def test_an_edit_without_a_step_is_refused(settings):
 
 def test_shards_of_triplets(tmp_path):
     recipe = {
-        "source": {"_target_": "data_prep.sources.marionette.MarionetteFaces"},
+        "source": {"_target_": "data_prep.sources.marionette.IdentityTriplets"},
         "annotator": {"_target_": "data_prep.annotators.sdedit.SDEdit", "num_inference_steps": 2},
         "backbone": {"_target_": "rg.backbone.diffusion.DiffusionBackbone.from_pretrained", "path": "marionette"},
         "shard_size": 2,
