@@ -10,8 +10,8 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from rg.data.samples import Batch, DataError, Groups, Samples
-from rg.data.shards import Manifest, read_shards
+from rg.data.samples import Batch, Groups, Samples
+from rg.data.shards import read_shards
 
 
 class ShuffledEpochs(Dataset[Batch]):
@@ -74,7 +74,7 @@ class ReadoutDataModule(LightningDataModule):
         epoch_batches: training batches per epoch and rank.
         seed: of the subset (with `available`) and of the order.
         available: see `read_shards`.
-        builder: makes what is missing, called as builder(split=..., n=...); None leaves that to the user.
+        builder: makes what is missing, called as builder(split=..., n=...); None: all is there.
         autoencoder_id: of the backbone that will read the latents; None accepts any.
     """
 
@@ -106,28 +106,13 @@ class ReadoutDataModule(LightningDataModule):
         self.autoencoder_id = autoencoder_id
 
     def prepare_data(self) -> None:
-        """Makes missing shards with the builder, which does nothing where all is there and refuses other settings.
-
-        Raises:
-            DataError: without a builder, when a split is missing or too small; names the folder and the command.
-        """
-        for split, n in (("train", self.available or self.size), ("val", self.val_size)):
-            if self.builder is not None:
+        """Makes missing shards with the builder, which does nothing where all is there and refuses other settings."""
+        if self.builder is not None:
+            for split, n in (("train", self.available or self.size), ("val", self.val_size)):
                 self.builder(split=split, n=n)
-                continue
-            folder, amount = self.root / split, "" if n is None else f" n={n}"
-            try:
-                shards = Manifest.read(folder).shards.values()
-            except DataError as error:
-                found, cause = 0, str(error)
-            else:
-                found, cause = sum(shard["stop"] - shard["start"] for shard in shards), f"{folder} is too small"
-            if found < (n or 1):
-                command = f"python -m data_prep.prepare +recipe={self.root.name} split={split}{amount} root={self.root}"
-                raise DataError(f"{cause}: expected {n or 'some'} images, found {found}; make them with: {command}")
 
     def setup(self, stage: str) -> None:
-        """Reads the splits that the stage needs into memory."""
+        """Reads the splits that the stage needs into memory; raises DataError, see `read_shards`."""
         if stage == "fit":
             chosen = {"size": self.size, "available": self.available, "seed": self.seed}
             self.train_set = read_shards(self.root / "train", autoencoder_id=self.autoencoder_id, **chosen)

@@ -158,7 +158,7 @@ def read_shards(
         pool = [pool[place] for place in np.random.default_rng(seed).permutation(len(pool))]
     if not pool or len(pool) < (size or 0):
         skipped = f"{len(manifest.skipped)} indices were skipped, manifest.json says why"
-        raise DataError(f"{folder}: expected {size or 'some'} samples, found {len(pool)} ({skipped})")
+        raise DataError(f"{folder}: expected {size or 'at least 1'} samples, found {len(pool)} ({skipped})")
     samples = read_samples(folder, manifest, pool[:size])
     try:
         return (Groups if isinstance(samples[0], Group) else Samples).stack(samples)

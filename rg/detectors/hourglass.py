@@ -108,7 +108,7 @@ class Hourglass(nn.Module):
         folder = locate(folder)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no {name}: run python -m experiments.marionette.train")
+                raise FileNotFoundError(f"expected a folder with {CONFIG} and {WEIGHTS}, found no {name} in {folder}")
         network = cls(**json.loads((folder / CONFIG).read_text()))
         network.load_state_dict(load_file(folder / WEIGHTS))
         return network.to(device).eval()

@@ -58,7 +58,7 @@ def test_too_few_samples(folder):
 
 def test_empty_split(tmp_path, make_split):
     make_split(tmp_path / "val", 2, skipped=[0, 1])
-    with pytest.raises(DataError, match="val: expected some samples, found 0"):
+    with pytest.raises(DataError, match="val.* at least 1 .* 0 "):
         read_shards(tmp_path / "val")
 
 
