@@ -1,6 +1,6 @@
 """Label making: source -> annotator -> autoencoder -> webdataset shards, resumable and counted.
 
-`python -m data_prep.prepare +recipe=marionette_pose n=8500` builds the split "train" of data/marionette_pose.
+`python -m data_prep.prepare data=pose n=8500` builds the split "train" of data/marionette_pose.
 """
 
 import platform
@@ -118,17 +118,11 @@ def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="prepare")
 @clear_errors
 def main(config: DictConfig) -> None:
-    """Runs the builder that `recipe` describes."""
-    if "recipe" not in config:
-        raise SystemExit(
-            "recipe: expected one, for example: python -m data_prep.prepare +recipe=marionette_pose n=8500"
-        )
-    arguments = {"split": config.split, "n": config.n}
-    if config.root is not None:
-        arguments["root"] = config.root
-    manifest = instantiate(config.recipe)(**arguments)
-    root = arguments.get("root", config.recipe.root)
-    print(f"{root}/{config.split}: {len(manifest.indices())} samples, {len(manifest.skipped)} skipped (manifest.json)")
+    """Runs the builder of the asked-for labels and images."""
+    builder = config.data.builder
+    manifest = instantiate(builder)(split=config.split, n=config.n)
+    samples, skipped = len(manifest.indices()), len(manifest.skipped)
+    print(f"{builder.root}/{config.split}: {samples} samples, {skipped} skipped (manifest.json)")
 
 
 if __name__ == "__main__":

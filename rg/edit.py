@@ -9,7 +9,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -29,25 +29,41 @@ from rg.points import Size, box_cells, cells, inside
 log = logging.getLogger(__name__)
 
 
+def parse_terms(terms: Any) -> list[tuple[str, float, str | None]]:
+    """(head, weight, class) of each of `terms`: a head's name or folder alone, or a mapping of these keys.
+
+    Raises:
+        ValueError: there is no term, or one is something else.
+    """
+    if not OmegaConf.is_list(terms) or not len(terms):
+        raise ValueError(f"terms: expected a list such as [{{head: appearance, weight: 1.0}}], got {terms}")
+    found = []
+    for number, term in enumerate(terms):
+        given = {"head": term} if isinstance(term, str) else dict(term) if OmegaConf.is_dict(term) else {}
+        unknown = set(given) - {"head", "weight", "class"}
+        if unknown or not isinstance(given.get("head"), str):
+            raise ValueError(f"terms[{number}]: expected {{head: NAME, weight: 1.0, class: null}}, got {term}")
+        weight = given.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ValueError(f"terms[{number}].weight: expected a number, got {weight!r}")
+        found.append((given["head"], float(weight), given.get("class")))
+    return found
+
+
 def load_heads(cfg: DictConfig, backbone: DiffusionBackbone) -> list[tuple[RelativeHead, float]]:
-    """The relative heads of `cfg.heads`, `cfg.weights` and `cfg.classes`, on the backbone's device.
+    """The relative heads of `cfg.terms` and their weights, on the backbone's device.
 
     Raises:
         FileNotFoundError: there is no such head.
-        ValueError: there is none, another number of weights or classes, a class that is no head, a head that is not
-            relative or was made for another backbone, a correspondence head without a drag, or a drag without one.
+        ValueError: see `parse_terms`; a class that is no head, a head that is not relative or was made for another
+            backbone, a correspondence head without a drag, or a drag without one.
     """
-    weights = [1.0] * len(cfg.heads) if cfg.weights is None else list(cfg.weights)
-    if not cfg.heads or len(weights) != len(cfg.heads):
-        raise ValueError(f"heads, weights: expected one weight for each of some heads, got {cfg.heads}, {cfg.weights}")
-    classes = [None] * len(cfg.heads) if cfg.classes is None else list(cfg.classes)
-    if len(classes) != len(cfg.heads):
-        raise ValueError(f"classes: expected one or null for each of heads={cfg.heads}, got {cfg.classes}")
-    loaded = [load_head(name, class_path) for name, class_path in zip(cfg.heads, classes, strict=True)]
-    heads = [(head, float(weight)) for head, weight in zip(loaded, weights, strict=True)]
-    for head, _ in heads:
+    heads = [(load_head(name, class_path), weight) for name, weight, class_path in parse_terms(cfg.terms)]
+    for number, (head, _) in enumerate(heads):
         if not isinstance(head, RelativeHead):
-            raise ValueError(f"heads: expected heads that compare with a reference, found a {type(head).__name__}")
+            raise ValueError(
+                f"terms[{number}].head: expected one that compares with a reference, got a {type(head).__name__}"
+            )
         head.check_taps(backbone.tap_channels, backbone.time_embed_dim, backbone.condition_dim)
         head.to(backbone.device)
     if any(isinstance(head, CorrespondenceHead) for head, _ in heads) != (cfg.drag is not None):
@@ -55,34 +71,56 @@ def load_heads(cfg: DictConfig, backbone: DiffusionBackbone) -> list[tuple[Relat
     return heads
 
 
-def read_places(cfg: DictConfig, image_size: Size) -> tuple[Tensor | None, Tensor | None]:
-    """The drag's points (n, 2, 2) of (x, y), from and to, and the two boxes (2, 4), in pixels; None where not given.
+def parse_drag(rows: Any, image_size: Size) -> Tensor | None:
+    """The points (n, 2, 2) of a drag, (x, y) from and to, in pixels of an image of image_size (height, width).
 
     Raises:
-        ValueError: they have another form, or leave an image of image_size (height, width).
+        ValueError: rows are no lists of 4 numbers, or leave the image.
     """
-    places = []
-    for name, count in (("drag", None), ("boxes", 2)):
-        rows = None if cfg[name] is None else [list(row) for row in cfg[name]]
-        if rows is None:
-            places.append(None)
-            continue
-        if not rows or len(rows) != (count or len(rows)) or any(len(row) != 4 for row in rows):
-            raise ValueError(f"{name}: expected {count or 'some'} lists of 4 numbers, got {rows}")
-        numbers = torch.tensor(rows, dtype=torch.float32)
-        corners = numbers.unflatten(1, (2, 2))
-        # A box's right and bottom are exclusive.
-        within = inside(corners - torch.tensor([[0.0], [1.0]]) if name == "boxes" else corners, image_size).all()
-        if not within or (name == "boxes" and (corners[:, 0] >= corners[:, 1]).any()):
-            raise ValueError(f"{name}: expected places inside {image_size[1]}x{image_size[0]} pixels, got {rows}")
-        places.append(corners if name == "drag" else numbers)
-    return places[0], places[1]
+    if rows is None:
+        return None
+    points = _numbers("drag", rows, "a list of [from x, from y, to x, to y]").unflatten(1, (2, 2))
+    if not inside(points, image_size).all():
+        raise ValueError(f"drag: expected places inside {image_size[1]}x{image_size[0]} pixels, got {rows}")
+    return points
+
+
+def parse_boxes(rows: Any, image_size: Size) -> Tensor | None:
+    """The boxes (2, 4) of the reference and of the new images: left, top, right and bottom, the last two exclusive.
+
+    Raises:
+        ValueError: rows are not two lists of 4 numbers, have no area, or leave an image of image_size (height, width).
+    """
+    if rows is None:
+        return None
+    boxes = _numbers("boxes", rows, "2 lists of [left, top, right, bottom]")
+    corners = boxes.unflatten(1, (2, 2))
+    if len(boxes) != 2:
+        raise ValueError(f"boxes: expected 2 lists of [left, top, right, bottom], got {rows}")
+    within = inside(corners - torch.tensor([[0.0], [1.0]]), image_size).all()
+    if not within or (corners[:, 0] >= corners[:, 1]).any():
+        raise ValueError(
+            f"boxes: expected places inside {image_size[1]}x{image_size[0]} pixels, left of and above their ends, "
+            f"got {rows}"
+        )
+    return boxes
+
+
+def _numbers(name: str, rows: Any, expected: str) -> Tensor:
+    """(n, 4) float32; raises ValueError where rows are no lists of 4 numbers."""
+    try:
+        numbers = torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected {expected}, got {rows}") from error
+    if numbers.ndim != 2 or numbers.shape[1] != 4:
+        raise ValueError(f"{name}: expected {expected}, got {rows}")
+    return numbers
 
 
 def make_term(
     head: RelativeHead, weight: float, drag: Tensor | None, boxes: Tensor | None, image_size: Size, readout_size: Size
 ) -> GuidanceTerm:
-    """The energy of one head, with points or boxes (see `read_places`) moved to the cells of its readout."""
+    """The energy of one head, with the points of `parse_drag` or the boxes of `parse_boxes` in cells of its readout."""
     if isinstance(head, CorrespondenceHead):
         source, destination = cells(drag, image_size, readout_size)[None].unbind(2)
         reference = ReferenceTarget(keep=partial(pick, points=source.to(head.device)))
@@ -93,75 +131,116 @@ def make_term(
     return GuidanceTerm(head, ReferenceTarget(), weight, arguments)
 
 
-def reference_noise(cfg: DictConfig, backbone: DiffusionBackbone) -> Tensor:
-    """Noise (1, C, h, w) from which the reference is sampled: an image's, by inversion, or that of the seed.
+class Edit:
+    """Images after a reference: its readouts are recorded once, then steer the new images.
+
+    Args:
+        cfg: as of conf/edit.yaml.
+        run_dir: gets reference.png, the new images as 00000.png, ..., and grid.png.
 
     Raises:
-        FileNotFoundError, ValueError: the image is missing or cannot be read, or the scheduler cannot invert it.
+        FileNotFoundError: there is no such head.
+        ValueError: an unknown `noise`, fewer than one image, or see `load_heads`, `parse_drag` and `parse_boxes`.
     """
-    if cfg.reference is None:
-        generator = torch.Generator("cpu").manual_seed(image_seeds(cfg.seed, [0])[0])
-        noise = torch.randn((1, backbone.latent_channels, *backbone.latent_size), generator=generator)
-        return noise.to(backbone.device, backbone.denoiser.dtype)
-    if cfg.scheduler != "ddim" or cfg.sampling.eta:
-        raise ValueError(
-            f"image: expected scheduler=ddim and sampling.eta=0, which can be inverted, got {cfg.scheduler} and "
-            f"{cfg.sampling.eta}"
-        )
-    image = load_control(cfg.reference, backbone.resolution)
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"reference={cfg.reference}: expected an image, found keypoints")
-    height, width = backbone.resolution
-    square = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    latents = backbone.encode(from_bytes(pixels(square)[None]))[0]
-    return invert(backbone, latents, num_inference_steps=cfg.sampling.num_inference_steps, prompt=cfg.prompt)
 
+    def __init__(self, cfg: DictConfig, run_dir: Path) -> None:
+        if cfg.images < 1:
+            raise ValueError(f"images: expected at least 1, got {cfg.images}")
+        if cfg.noise not in ("new", "reference"):
+            raise ValueError(f"noise: expected new or reference, got {cfg.noise}")
+        self.cfg, self.run_dir = cfg, run_dir
+        self.backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
+        self.heads = load_heads(cfg, self.backbone)
+        self.drag = parse_drag(cfg.drag, self.backbone.resolution)
+        self.boxes = parse_boxes(cfg.boxes, self.backbone.resolution)
+        set_scheduler(self.backbone.pipeline, cfg.scheduler)
+        self.backbone.pipeline.set_progress_bar_config(disable=False)
 
-def edit(cfg: DictConfig, run_dir: Path) -> Tensor:
-    """Writes reference.png, new images and grid.png into run_dir; returns the images (B, 3, H, W) in [-1, 1].
+    def reference_noise(self) -> Tensor:
+        """Noise (1, C, h, w) from which the reference is sampled: an image's, by inversion, or that of the seed.
 
-    Raises:
-        ValueError: see the functions above; an unknown `noise`, or fewer than one image.
-    """
-    if cfg.images < 1 or cfg.noise not in ("new", "reference"):
-        raise ValueError(f"images, noise: expected at least 1, and new or reference; got {cfg.images} and {cfg.noise}")
-    backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
-    heads, (drag, boxes) = load_heads(cfg, backbone), read_places(cfg, backbone.resolution)
-    pipe, sampling = backbone.pipeline, dict(cfg.sampling)
-    set_scheduler(pipe, cfg.scheduler)
-    noise = reference_noise(cfg, backbone)
-    grid = backbone.predict(noise.float(), torch.zeros(1, device=noise.device)).features[-1].shape[-2:]
-    scaled = [(head, weight, [side * head.hparams.output_scale for side in grid]) for head, weight in heads]
-    terms = [make_term(head, weight, drag, boxes, backbone.resolution, (h, w)) for head, weight, (h, w) in scaled]
-    guidance: ReadoutGuidance = instantiate(cfg.guidance)(terms=terms)
-    pipe.set_progress_bar_config(disable=False)
-    # An inverted image comes back without text guidance alone.
-    plain = sampling if cfg.reference is None else {**sampling, "guidance_scale": 1.0}
-    with guidance.record(pipe):
-        reference = generate(pipe, [cfg.prompt], seeds=image_seeds(cfg.seed, [0]), latents=noise, **plain)
-    arguments: dict[str, Any] = {"seeds": image_seeds(cfg.seed, range(1, 1 + cfg.images)), **sampling}
-    if cfg.noise == "reference":
-        arguments["latents"] = noise.expand(cfg.images, -1, -1, -1)
-    prompts = [cfg.prompt if cfg.edit_prompt is None else cfg.edit_prompt] * cfg.images
-    rows = {"reference": reference.expand(cfg.images, -1, -1, -1), "unguided": generate(pipe, prompts, **arguments)}
-    rows["guided"] = generate(pipe, prompts, guidance=guidance, **arguments)
-    save_image(reference[0], run_dir / "reference.png")
-    for number, image in enumerate(rows["guided"]):
-        save_image(image, run_dir / f"{number:05d}.png")
-    save_figure(image_grid({name: (row + 1) / 2 for name, row in rows.items()}, side=128), run_dir / "grid.png")
-    point_latest(run_dir)
-    energies = [float(step.energy.mean()) for step in guidance.trace]
-    if energies:
-        log.info("mean energy: %.4f at the first guided step, %.4f at the last", energies[0], energies[-1])
-    print(f"{run_dir}/grid.png")
-    return rows["guided"]
+        Raises:
+            FileNotFoundError, ValueError: the image is missing or cannot be read, or the scheduler cannot invert it.
+        """
+        cfg, backbone = self.cfg, self.backbone
+        if cfg.reference is None:
+            generator = torch.Generator("cpu").manual_seed(image_seeds(cfg.seed, [0])[0])
+            noise = torch.randn((1, backbone.latent_channels, *backbone.latent_size), generator=generator)
+            return noise.to(backbone.device, backbone.denoiser.dtype)
+        if cfg.scheduler != "ddim" or cfg.sampling.eta:
+            raise ValueError(
+                f"reference: expected scheduler=ddim and sampling.eta=0, which can be inverted, got {cfg.scheduler} "
+                f"and {cfg.sampling.eta}"
+            )
+        image = load_control(cfg.reference, backbone.resolution)
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"reference={cfg.reference}: expected an image, found keypoints")
+        height, width = backbone.resolution
+        square = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+        latents = backbone.encode(from_bytes(pixels(square)[None]))[0]
+        return invert(backbone, latents, num_inference_steps=cfg.sampling.num_inference_steps, prompt=cfg.prompt)
+
+    def terms(self, noise: Tensor) -> list[GuidanceTerm]:
+        """The energies of all heads, on the grid of the readouts that latents like `noise` give."""
+        backbone = self.backbone
+        taps = backbone.predict(noise.float(), torch.zeros(1, device=noise.device)).features
+        grid = taps[-1].shape[-2:]
+        return [
+            make_term(
+                head,
+                weight,
+                self.drag,
+                self.boxes,
+                backbone.resolution,
+                (grid[0] * head.hparams.output_scale, grid[1] * head.hparams.output_scale),
+            )
+            for head, weight in self.heads
+        ]
+
+    def reference(self, noise: Tensor, guidance: ReadoutGuidance) -> Tensor:
+        """The reference (1, 3, H, W) in [-1, 1], sampled from its noise while guidance records its readouts."""
+        arguments = dict(self.cfg.sampling)
+        if self.cfg.reference is not None:
+            # An inverted image comes back without text guidance alone.
+            arguments["guidance_scale"] = 1.0
+        with guidance.record(self.backbone.pipeline):
+            seeds = image_seeds(self.cfg.seed, [0])
+            return generate(self.backbone.pipeline, [self.cfg.prompt], seeds=seeds, latents=noise, **arguments)
+
+    def run(self) -> Tensor:
+        """Writes everything; returns the new images (B, 3, H, W) in [-1, 1]."""
+        cfg, pipe = self.cfg, self.backbone.pipeline
+        noise = self.reference_noise()
+        guidance: ReadoutGuidance = instantiate(cfg.guidance)(terms=self.terms(noise))
+        reference = self.reference(noise, guidance)
+        arguments: dict[str, Any] = {"seeds": image_seeds(cfg.seed, range(1, 1 + cfg.images)), **cfg.sampling}
+        if cfg.noise == "reference":
+            arguments["latents"] = noise.expand(cfg.images, -1, -1, -1)
+        prompts = [cfg.prompt if cfg.edit_prompt is None else cfg.edit_prompt] * cfg.images
+        unguided = generate(pipe, prompts, **arguments)
+        guided = generate(pipe, prompts, guidance=guidance, **arguments)
+        self.write({"reference": reference.expand(cfg.images, -1, -1, -1), "unguided": unguided, "guided": guided})
+        energies = [float(step.energy.mean()) for step in guidance.trace]
+        if energies:
+            log.info("mean energy: %.4f at the first guided step, %.4f at the last", energies[0], energies[-1])
+        return guided
+
+    def write(self, rows: dict[str, Tensor]) -> None:
+        """Writes the images of rows, (B, 3, H, W) in [-1, 1] each, and the grid of them all."""
+        save_image(rows["reference"][0], self.run_dir / "reference.png")
+        for number, image in enumerate(rows["guided"]):
+            save_image(image, self.run_dir / f"{number:05d}.png")
+        grid = image_grid({name: (row + 1) / 2 for name, row in rows.items()}, side=128)
+        save_figure(grid, self.run_dir / "grid.png")
+        point_latest(self.run_dir)
+        print(f"{self.run_dir}/grid.png")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="edit")
 @clear_errors
 def main(cfg: DictConfig) -> None:
     """Samples into Hydra's run folder."""
-    edit(cfg, Path(HydraConfig.get().runtime.output_dir))
+    Edit(cfg, Path(HydraConfig.get().runtime.output_dir)).run()
 
 
 if __name__ == "__main__":

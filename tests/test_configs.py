@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from omegaconf import OmegaConf
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-WORLDS = sorted(path.stem for path in CONF.glob("world/*.yaml"))
+WORLDS = sorted(path.stem for path in CONF.glob("world/[!_]*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
 SWEEPS = sorted(path.stem for path in CONF.glob("sweep/*.yaml"))
-RECIPES = sorted(path.stem for path in CONF.glob("recipe/*.yaml"))
-INSTRUCTIONS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+RECIPES = sorted((f"pictures={path.parent.name}", f"data={path.stem}") for path in CONF.glob("recipe/*/*.yaml"))
+INSTRUCTIONS = {"defaults", "_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 # Arguments that rg.train reads off the backbone and gives to the head itself.
 GIVEN = ("tap_channels", "time_embed_dim")
 # config: the module of its command, which registers what the config interpolates.
@@ -48,12 +49,13 @@ def first_values(sweep: str) -> list[str]:
     return [f"{key}={str(values).split(',')[0]}" for key, values in params.items()]
 
 
-# PixArt has no image-to-image pipeline, which edits the images of these.
-NO_DATA = {("appearance", "pixart"), ("identity", "pixart")}
-PAIRS = [(name, world) for name in EXPERIMENTS for world in WORLDS if (name, world) not in NO_DATA]
 RUNS = [
-    *((config_of(f"experiment/{name}"), [f"+experiment={name}", f"world={world}"]) for name, world in PAIRS),
-    *(("prepare", [f"+recipe={name}"]) for name in RECIPES),
+    *(
+        (config_of(f"experiment/{name}"), [f"+experiment={name}", f"world={world}"])
+        for name in EXPERIMENTS
+        for world in WORLDS
+    ),
+    *(("prepare", [f"world={world}", *recipe]) for recipe, world in product(RECIPES, WORLDS)),
     *((config_of(f"sweep/{name}"), [f"+sweep={name}", *first_values(name)]) for name in SWEEPS),
     *((name, [f"world={world}"]) for name in ("sample", "evaluate", "edit") for world in WORLDS),
 ]
@@ -95,7 +97,7 @@ def misfits(node: Any) -> list[str]:
             signature = signature_of(get_object(target))
             given = {name: None for name in GIVEN if name in signature.parameters}
             keys = given | {key: value for key, value in call.items() if key not in INSTRUCTIONS}
-            bind = signature.bind_partial if call.get("_partial_") else signature.bind
+            bind = signature.bind_partial if call.get("_partial_") or "defaults" in call else signature.bind
             bind(*call.get("_args_", ()), **keys)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             found.append(f"{path or '(top)'}: {target}: {error}")
@@ -140,8 +142,26 @@ def test_targets_bind(file: str) -> None:
 
 
 @pytest.mark.parametrize(("config", "overrides"), RUNS, ids=[" ".join([name, *words]) for name, words in RUNS])
-def test_run_composes(config: str, overrides: list[str]) -> None:
-    assert not misfits(compose_plain(config, overrides))
+def test_run_composes_and_the_world_decides_in_one_place(config: str, overrides: list[str]) -> None:
+    """A fine-tuned model, its precision and size reach everything that a run makes: labels, latents, images, edits."""
+    own = {"path": "my/finetuned", "precision": "bfloat16"}
+    words = [f"++world.backbone.{key}={value}" for key, value in own.items()]
+    values = compose_plain(config, [*overrides, *words, "world.resolution=96", "world.line_width=3"])
+    assert not misfits(values)
+    backbones = [call for _, call in calls(values) if "DiffusionBackbone" in call["_target_"]]
+    assert len(backbones) == (2 if "data" in values else 1)
+    assert all(call == values["world"]["backbone"] and call.items() >= own.items() for call in backbones)
+    if "data" in values:
+        builder = values["data"]["builder"]
+        assert builder["source"]["resolution"] == 96 and builder["annotator"].get("line_width") in (None, 3)
+        assert values["data"]["root"] == builder["root"] and values["world"]["name"] in builder["root"]
+
+
+def test_a_world_is_one_row() -> None:
+    for world in WORLDS:
+        lines = (CONF / f"world/{world}.yaml").read_text().splitlines()
+        own = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        assert world == "marionette" or len(own) <= 12
 
 
 def test_misfits_are_found() -> None:

@@ -44,8 +44,7 @@ def test_a_world_trains_samples_and_evaluates(place, root, model):
         f"world={model}",
         *(f"world.backbone.{key}" for key in (f"path={model}", "variant=null")),
         *(f"world.{key}" for key in ("projection_dim=16", "norm_groups=2", "hidden_channels=8", "output_scale=2")),
-        *(f"data.builder.backbone.{key}" for key in (f"path={model}", "variant=null")),
-        *(f"data.builder.{key}" for key in ("source.path=images", "annotator.path=labels", "source.resolution=32")),
+        *("world.resolution=32", "pictures.path=images", "pictures.labels=labels"),
     ]
     small = ["data.size=null", "data.val_size=null", "data.batch_size=4", "data.epoch_batches=2", "trainer.max_steps=2"]
     done = run(place, root, "rg.train", "+experiment=pose_100", f"name={model}", *world, *small)

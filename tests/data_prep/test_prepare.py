@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -217,7 +218,8 @@ def test_resolution_must_be_the_backbones(tmp_path, recipe):
 
 def test_recipe_of_the_embedded_world(tmp_path, root, monkeypatch):
     monkeypatch.chdir(root)
-    builder = instantiate(OmegaConf.load(root / "conf/recipe/marionette_pose.yaml"))
+    with initialize_config_dir(str(root / "conf"), version_base="1.3"):
+        builder = instantiate(compose("prepare", ["data=pose"]).data.builder)
     with pytest.raises(DataError, match="n: the source is endless"):
         builder(root=str(tmp_path))
     builder(root=str(tmp_path), split="val", n=3)
@@ -229,7 +231,7 @@ def test_recipe_of_the_embedded_world(tmp_path, root, monkeypatch):
 
 @pytest.mark.parametrize("control", ["depth", "edge"])
 def test_depth_and_edges_of_the_embedded_world(tmp_path, root, monkeypatch, control):
-    run_command(monkeypatch, root, f"+recipe=marionette_{control}", f"root={tmp_path}", "split=val", "n=3")
+    run_command(monkeypatch, root, f"data={control}", f"data.builder.root={tmp_path}", "split=val", "n=3")
     samples = read_shards(tmp_path / "val")
     assert samples.label.shape == (3, 3, 64, 64) and samples.latent.shape == (3, 8, 16, 16)
     stills = render([(0, 1, index) for index in range(3)])
@@ -242,11 +244,11 @@ def test_depth_and_edges_of_the_embedded_world(tmp_path, root, monkeypatch, cont
 
 
 @pytest.mark.parametrize(
-    ("recipe", "words", "skipped"),
+    ("label", "words", "skipped"),
     [
         (
-            "folder_depth",
-            ["recipe.annotator.path={0}/labels"],
+            "depth",
+            ["pictures.labels={0}/labels"],
             {
                 "00000001": "1.png cannot be read",
                 "00000002": "{0}/labels/2.png: expected the image's size (64, 64), found (64, 63)",
@@ -255,13 +257,13 @@ def test_depth_and_edges_of_the_embedded_world(tmp_path, root, monkeypatch, cont
             },
         ),
         (
-            "folder_edge",
+            "edge",
             [],
             {"00000001": "1.png cannot be read", "00000005": "5.png has no label: no edge was found"},
         ),
     ],
 )
-def test_depth_and_edges_of_ones_own_images(tmp_path, root, monkeypatch, capsys, recipe, words, skipped):
+def test_depth_and_edges_of_ones_own_images(tmp_path, root, monkeypatch, capsys, label, words, skipped):
     for name in ("images", "labels"):
         (tmp_path / name).mkdir()
     rng = np.random.default_rng(0)
@@ -273,15 +275,15 @@ def test_depth_and_edges_of_ones_own_images(tmp_path, root, monkeypatch, capsys,
     (tmp_path / "labels/3.png").rename(tmp_path / "labels/3.json")
     (tmp_path / "labels/4.png").write_bytes(b"no image")
     words = [word.format(tmp_path) for word in words]
-    shares = [f"recipe.source.{share}=0" for share in ("validation_share", "test_share")]
-    out = [f"root={tmp_path}/out", f"recipe.source.path={tmp_path}/images"]
-    run_command(monkeypatch, root, f"+recipe={recipe}", *out, *shares, *words)
+    shares = [f"pictures.{share}=0" for share in ("validation_share", "test_share")]
+    out = ["pictures=folder", f"data.builder.root={tmp_path}/out", f"pictures.path={tmp_path}/images"]
+    run_command(monkeypatch, root, f"data={label}", *out, *shares, *words)
     assert f"{7 - len(skipped)} samples, {len(skipped)} skipped (manifest.json)" in capsys.readouterr().out
     named = json.loads((tmp_path / "out/train/manifest.json").read_text())["skipped"]
     assert named.keys() == skipped.keys()
     assert all(named[key].startswith(reason.format(tmp_path)) for key, reason in skipped.items()), named
     labels = read_shards(tmp_path / "out/train").label
-    if recipe == "folder_depth":
+    if label == "depth":
         own = np.asarray(Image.open(tmp_path / "labels/6.png"))
         assert torch.equal(labels[-1], torch.tensor(own).expand(3, -1, -1))
     else:
@@ -296,14 +298,14 @@ def run_command(monkeypatch, root, *words):
 
 def test_command(tmp_path, root, monkeypatch, capsys):
     before = sorted(root.glob("*"))
-    words = "+recipe=marionette_pose", f"root={tmp_path}", "split=test"
+    words = "data=pose", f"data.builder.root={tmp_path}", "split=test"
     run_command(monkeypatch, root, *words, "n=2")
     assert f"{tmp_path}/test: 2 samples, 0 skipped (manifest.json)" in capsys.readouterr().out
     assert len(read_shards(tmp_path / "test")) == 2
     with pytest.raises(SystemExit, match=f"error: {tmp_path}/test was made with source.seed = 0, asked for is 1"):
-        run_command(monkeypatch, root, *words, "n=2", "recipe.source.seed=1")
-    with pytest.raises(SystemExit, match="recipe: expected one, for example"):
-        run_command(monkeypatch, root)
+        run_command(monkeypatch, root, *words, "n=2", "pictures.seed=1")
+    with pytest.raises(SystemExit, match=r"error: n: the source is endless"):
+        run_command(monkeypatch, root, *words)
     assert sorted(root.glob("*")) == before, "Hydra leaves no files"
 
 

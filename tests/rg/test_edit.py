@@ -28,7 +28,7 @@ def heads(tmp_path_factory):
 
 @pytest.fixture
 def run(root, heads, tmp_path, monkeypatch):
-    """Images and trace of a command: `run("heads=[look]", "images=2")`."""
+    """Images and trace of a command: `run("terms=[look]", "images=2")`."""
 
     def call(*overrides):
         traces = []
@@ -39,7 +39,7 @@ def run(root, heads, tmp_path, monkeypatch):
         monkeypatch.chdir(heads)
         words = ["sampling.num_inference_steps=4", f"run_dir={tmp_path}", *overrides]
         with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-            images = command.edit(compose("edit", words), tmp_path / "run")
+            images = command.Edit(compose("edit", words), tmp_path / "run").run()
         return images, traces[0].trace if traces else None
 
     return call
@@ -50,8 +50,8 @@ def mean_energy(trace):
 
 
 def test_variations_come_nearer_to_the_reference(run, tmp_path):
-    guided, trace = run("heads=[look]", "images=2", "guidance.readout_scale=0.1")
-    plain, free = run("heads=[look]", "images=2", "guidance.readout_scale=0.0")
+    guided, trace = run("terms=[look]", "images=2", "guidance.readout_scale=0.1")
+    plain, free = run("terms=[look]", "images=2", "guidance.readout_scale=0.0")
     assert guided.shape == (2, 3, 64, 64) and not torch.equal(guided[0], guided[1])
     assert mean_energy(trace) < mean_energy(free)
     assert len(trace) == 4 and all((step.energy > 0).all() for step in trace)
@@ -61,23 +61,24 @@ def test_variations_come_nearer_to_the_reference(run, tmp_path):
 
 
 def test_from_the_same_noise_the_first_readout_is_the_references_own(run):
-    _, trace = run("heads=[look]", "images=1", "noise=reference")
+    _, trace = run("terms=[look]", "images=1", "noise=reference")
     assert float(trace[0].energy) == pytest.approx(0, abs=1e-5)
 
 
 def test_a_drag_compares_its_two_ends(run):
     """Dragged nowhere, the energy is that of a vector with itself: -1."""
-    _, still = run("heads=[point]", "images=1", "noise=reference", "drag=[[20,30,20,30]]")
+    _, still = run("terms=[point]", "images=1", "noise=reference", "drag=[[20,30,20,30]]")
     assert float(still[0].energy) == pytest.approx(-1, abs=1e-5)
-    words = ["heads=[look,point]", "weights=[0.0,2.0]", "classes=[null,rg.heads.CorrespondenceHead]"]
+    point = "{head: point, weight: 2.0, class: rg.heads.CorrespondenceHead}"
+    words = [f"terms=[{{head: look, weight: 0.0}},{point}]"]
     _, moved = run(*words, "images=1", "noise=reference", "drag=[[20,30,44,12]]")
     assert -2 < float(moved[0].energy) < -1e-3
 
 
 def test_a_real_image_is_inverted_and_comes_back(run, tmp_path):
-    run("heads=[look]", "images=1")
+    run("terms=[look]", "images=1")
     Image.open(tmp_path / "run" / "reference.png").convert("RGB").resize((96, 64)).save(tmp_path / "photo.png")
-    words = ["heads=[look]", "images=1", f"reference={tmp_path}/photo.png", "sampling.num_inference_steps=20"]
+    words = ["terms=[look]", "images=1", f"reference={tmp_path}/photo.png", "sampling.num_inference_steps=20"]
     run(*words)
     square = Image.open(tmp_path / "photo.png").crop((16, 0, 80, 64))
     back = Image.open(tmp_path / "run" / "reference.png")
@@ -88,22 +89,24 @@ def test_a_real_image_is_inverted_and_comes_back(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["heads=[]"], "expected one weight for each of some heads"),
-        (["heads=[look]", "weights=[1,2]"], "expected one weight for each of some heads"),
-        (["heads=[look]", "classes=[null,null]"], "classes: expected one or null for each of heads"),
-        (["heads=[look]", "classes=[rg.heads.CorrespondenceHead]"], "expected a CorrespondenceHead, found a App"),
-        (["heads=[look]", "classes=[nowhere.Head]"], "class=nowhere.Head: .*No module named 'nowhere'"),
-        (["heads=[map]"], "compare with a reference, found a SpatialHead"),
-        (["heads=[nowhere]"], "nowhere"),
-        (["heads=[point]"], "drag: expected one with a correspondence head"),
-        (["heads=[look]", "drag=[[1,1,2,2]]"], "drag: expected one with a correspondence head"),
-        (["heads=[point]", "drag=[[1,1,2]]"], "drag: expected some lists of 4 numbers"),
-        (["heads=[point]", "drag=[[1,1,80,2]]"], "drag: expected places inside 64x64 pixels"),
-        (["heads=[look]", "boxes=[[0,0,64,64]]"], "boxes: expected 2 lists of 4 numbers"),
-        (["heads=[look]", "boxes=[[0,0,64,64],[9,9,9,20]]"], "boxes: expected places inside"),
-        (["heads=[look]", "noise=old"], "expected at least 1, and new or reference"),
-        (["heads=[look]", "reference=missing.png"], r"missing\.png"),
-        (["heads=[look]", "reference=missing.png", "scheduler=euler"], "expected scheduler=ddim"),
+        (["terms=[]"], "terms: expected a list"),
+        (["terms=look"], "terms: expected a list"),
+        (["terms=[look,{head: look, wait: 2}]"], r"terms\[1\]: .*wait"),
+        (["terms=[{head: look, weight: much}]"], r"terms\[0\]\.weight: expected a number, got 'much'"),
+        (["terms=[{weight: 1}]"], r"terms\[0\]: expected {head"),
+        (["terms=[{head: look, class: rg.heads.CorrespondenceHead}]"], "expected a CorrespondenceHead, found a App"),
+        (["terms=[{head: look, class: nowhere.Head}]"], "class=nowhere.Head: .*No module named 'nowhere'"),
+        (["terms=[map]"], r"terms\[0\]\.head: .*SpatialHead"),
+        (["terms=[nowhere]"], "nowhere"),
+        (["terms=[point]"], "drag: expected one with a correspondence head"),
+        (["terms=[look]", "drag=[[1,1,2,2]]"], "drag: expected one with a correspondence head"),
+        (["terms=[point]", "drag=[[1,1,2]]"], "drag: expected a list of"),
+        (["terms=[point]", "drag=[[1,1,80,2]]"], "drag: expected places inside 64x64 pixels"),
+        (["terms=[look]", "boxes=[[0,0,64,64]]"], "boxes: expected 2 lists"),
+        (["terms=[look]", "boxes=[[0,0,64,64],[9,9,9,20]]"], "boxes: expected places inside"),
+        (["terms=[look]", "noise=old"], "noise: expected new or reference, got old"),
+        (["terms=[look]", "reference=missing.png"], r"missing\.png"),
+        (["terms=[look]", "reference=missing.png", "scheduler=euler"], "expected scheduler=ddim"),
     ],
 )
 def test_bad_words_are_refused_before_sampling(run, words, message):
@@ -114,7 +117,7 @@ def test_bad_words_are_refused_before_sampling(run, words, message):
 def test_boxes_are_compared_alone(run):
     """The same box of the same image is the same; another is not."""
     same = "[[0,0,32,64],[0,0,32,64]]"
-    _, trace = run("heads=[look]", "images=1", "noise=reference", f"boxes={same}")
+    _, trace = run("terms=[look]", "images=1", "noise=reference", f"boxes={same}")
     assert float(trace[0].energy) == pytest.approx(0, abs=1e-5)
-    _, trace = run("heads=[look]", "images=1", "noise=reference", "boxes=[[0,0,32,64],[32,0,64,64]]")
+    _, trace = run("terms=[look]", "images=1", "noise=reference", "boxes=[[0,0,32,64],[32,0,64,64]]")
     assert float(trace[0].energy) > 1e-4
