@@ -17,14 +17,14 @@ BOXES = ("target", "predicted")
 KERNEL_IMAGES = 256
 
 
-def score_images(found: Detection, keypoints: Tensor, alphas: Sequence[float]) -> list[dict[str, Any]]:
+def score_images(detected: Detection, keypoints: Tensor, alphas: Sequence[float]) -> list[dict[str, Any]]:
     """PCK of each image, a mean over its people: {"pck": {box: {alpha: share}}, "confidence", "present", "points"}.
 
     Predictions are matched with the people asked for by smallest distance; "points" are in the latter's order, and
     "present" is whether all of them were found.
 
     Args:
-        found: the detector's poses of B images, P people each.
+        detected: the detector's poses of B images, P people each.
         keypoints: (B, P, 18, 3) of (x, y, visible), the poses asked for; a person without a visible keypoint does not
             count, and each image has one who does.
 
@@ -32,9 +32,11 @@ def score_images(found: Detection, keypoints: Tensor, alphas: Sequence[float]) -
         ValueError: an image whose people have no visible keypoint.
     """
     target, visible = keypoints[..., :2], keypoints[..., 2] > 0
-    order = match_people(found.points, target, visible, found.present)
+    order = match_people(detected.points, target, visible, detected.present)
     rows = torch.arange(len(order), device=order.device)[:, None]
-    points, confidence, present = (values[rows, order] for values in (found.points, found.confidence, found.present))
+    points, confidence, present = (
+        values[rows, order] for values in (detected.points, detected.confidence, detected.present)
+    )
     people = visible.any(-1)
     if not people.any(1).all():
         raise ValueError(f"no visible keypoint in images {(~people.any(1)).nonzero().flatten().tolist()} of the batch")

@@ -55,9 +55,9 @@ class FileLabels:
             image = open_image(image_file)
         except UNREADABLE as error:
             return Skip(f"{image_file} cannot be read: {error}")
-        found = image.height, image.width
-        if found != sample.original:
-            return Skip(f"{image_file}: expected the image's size {sample.original}, found {found}")
+        size_read = image.height, image.width
+        if size_read != sample.original:
+            return Skip(f"{image_file}: expected the image's size {sample.original}, found {size_read}")
         return Label(crop_image(image, size[0]), keypoints)
 
 

@@ -58,12 +58,12 @@ class LucasKanade:
 
     def _step(self, now: np.ndarray, then: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where points (N, 2) of one frame are in the next, and which of them are found there and back."""
-        moved, found, _ = cv2.calcOpticalFlowPyrLK(now, then, points[:, None], None, **self.flow)
-        back, found_back, _ = cv2.calcOpticalFlowPyrLK(then, now, moved, None, **self.flow)
+        moved, kept, _ = cv2.calcOpticalFlowPyrLK(now, then, points[:, None], None, **self.flow)
+        back, kept_back, _ = cv2.calcOpticalFlowPyrLK(then, now, moved, None, **self.flow)
         moved, back = moved[:, 0], back[:, 0]
         error = np.linalg.norm(back - points, axis=-1)
         inside = ((moved >= -0.5) & (moved < np.array(now.shape[::-1]) - 0.5)).all(-1)
-        return moved, (found[:, 0] > 0) & (found_back[:, 0] > 0) & (error < self.max_error) & inside
+        return moved, (kept[:, 0] > 0) & (kept_back[:, 0] > 0) & (error < self.max_error) & inside
 
 
 class TrackerTracks:

@@ -18,7 +18,7 @@ SHADOWLESS = 0.035  # radius in world units up to which a part casts no shadow
 HAZE = 14.0  # distance in world units at which the ground's texture has faded
 
 
-class Coat(NamedTuple):
+class Material(NamedTuple):
     """The paint of one capsule: colour, texture, its periods per world unit, contrast in [0, 1] and shift."""
 
     color: Rgb
@@ -28,7 +28,7 @@ class Coat(NamedTuple):
     phase: float = 0.0
 
 
-PLAIN = Coat((0, 0, 0))
+PLAIN = Material((0, 0, 0))
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Paint:
     phase: Tensor
 
     @classmethod
-    def stack(cls, coats: Sequence[Sequence[Coat]]) -> Self:
-        """The coats of B scenes of N surfaces each."""
-        color = torch.tensor([[coat.color for coat in row] for row in coats], dtype=torch.float32)
-        texture = torch.tensor([[TEXTURES.index(coat.texture) for coat in row] for row in coats])
-        numbers = torch.tensor([[coat[2:] for coat in row] for row in coats], dtype=torch.float32)
+    def stack(cls, materials: Sequence[Sequence[Material]]) -> Self:
+        """The materials of B scenes of N surfaces each."""
+        color = torch.tensor([[material.color for material in row] for row in materials], dtype=torch.float32)
+        texture = torch.tensor([[TEXTURES.index(material.texture) for material in row] for row in materials])
+        numbers = torch.tensor([[material[2:] for material in row] for row in materials], dtype=torch.float32)
         return cls(color.movedim(-1, 0), texture, *numbers.unbind(-1))
 
-    def look(self, points: Tensor, where: Tensor | None = None) -> Tensor:
+    def color_at(self, points: Tensor, where: Tensor | None = None) -> Tensor:
         """Colours (3,...) of surfaces at points (3,...) of their own axes; `where` picks among the flattened ones."""
         color, texture, frequency, contrast, phase = (
             getattr(self, name) if where is None else getattr(self, name).flatten(-2)[..., where]
@@ -77,24 +77,24 @@ def pattern(texture: Tensor, point: Tensor) -> Tensor:
     return values.gather(0, texture.expand(values.shape[1:])[None])[0]
 
 
-def paint_part(part: Part, colors: dict[str, Rgb], person: Person) -> Coat:
-    """The coat of a body part; what is not worn is plain black."""
+def paint_part(part: Part, colors: dict[str, Rgb], person: Person) -> Material:
+    """The material of a body part; what is not worn is plain black."""
     color = colors.get(part.paint, (0, 0, 0))
     if part.paint in ("shirt", "trousers"):
         texture = person.identity[f"{part.paint}_pattern"]
-        return Coat(color, texture, 4.5 if texture == "stripes" else 4.0, CLOTH_CONTRAST, person.phase)
+        return Material(color, texture, 4.5 if texture == "stripes" else 4.0, CLOTH_CONTRAST, person.phase)
     if part.paint in ("skin", "hair", "long_hair", "hat"):
-        return Coat(color, "stripes" if "hair" in part.paint else "patches", 5.0, BODY_CONTRAST, person.phase)
-    return Coat(color)
+        return Material(color, "stripes" if "hair" in part.paint else "patches", 5.0, BODY_CONTRAST, person.phase)
+    return Material(color)
 
 
-def paint_thing(thing: Thing) -> list[Coat]:
-    """The coats of a thing's capsules."""
-    leaves, wood = Coat((55, 110, 50), "patches", 3.0, 0.35), Coat((95, 70, 45), "stripes", 4.0, 0.25)
+def paint_thing(thing: Thing) -> list[Material]:
+    """The materials of a thing's capsules."""
+    leaves, wood = Material((55, 110, 50), "patches", 3.0, 0.35), Material((95, 70, 45), "stripes", 4.0, 0.25)
     if thing.kind == "ball":
-        return [Coat(COLORS[thing.color], "stripes", 1.2 / thing.size, 0.3), PLAIN]
+        return [Material(COLORS[thing.color], "stripes", 1.2 / thing.size, 0.3), PLAIN]
     if thing.kind == "rock":
-        return [Coat((120, 115, 110), "patches", 4.0, 0.25)] * 2
+        return [Material((120, 115, 110), "patches", 4.0, 0.25)] * 2
     return {"bush": [leaves, leaves], "post": [wood, PLAIN], "tree": [wood, leaves]}[thing.kind]
 
 
@@ -139,7 +139,7 @@ def backdrop(scenes: Sequence[Scene], views: Views, shadows: Tensor, side: int) 
 
     phase = per_scene([scene.phase for scene in scenes])
     paint = Paint.stack(
-        [[Coat(g.color, g.texture, g.frequency, g.contrast, s.phase)] for g, s in zip(grounds, scenes, strict=True)]
+        [[Material(g.color, g.texture, g.frequency, g.contrast, s.phase)] for g, s in zip(grounds, scenes, strict=True)]
     )
     reach = torch.where(below, depth, 0.0)
     spot_x, spot_z = position[0] + reach * x, position[2] + reach * z
@@ -180,7 +180,7 @@ def cast_shadows(world: Capsules, views: Views, light: Tensor, side: int) -> Ten
     for spot in spots:
         for dx, dz in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
             corner = torch.stack([spot[0] + dx * reach, torch.zeros_like(reach), spot[2] + dz * reach])
-            corners.append(torch.stack(box(views.see(corner), torch.zeros_like(reach), FOCAL)))
+            corners.append(torch.stack(box(views.to_camera(corner), torch.zeros_like(reach), FOCAL)))
     left, _, bottom, _ = torch.stack(corners).amin(0)
     _, right, _, top = torch.stack(corners).amax(0)
     ray, capsule = fragments(left, torch.where(reach > 0, right, left - 3), bottom, top, side)

@@ -183,7 +183,7 @@ class Views:
         axes = self.axes.view(*self.axes.shape, *[1] * (vectors.ndim - 2))
         return axes[:, 0] * vectors[0] + axes[:, 1] * vectors[1] + axes[:, 2] * vectors[2]
 
-    def see(self, points: Tensor) -> Tensor:
+    def to_camera(self, points: Tensor) -> Tensor:
         """World points (3,B,...) in the camera's axes, seen from the camera."""
         return self.turn(points - self.position.view(*self.position.shape, *[1] * (points.ndim - 2)))
 

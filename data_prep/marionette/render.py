@@ -14,27 +14,11 @@ from torch import Tensor
 
 from data_prep.marionette.materials import Backdrop, backdrop, cast_shadows, light_directions, shade
 from data_prep.marionette.raycast import Hits, cast, dot
-from data_prep.marionette.scene import FOCAL, KINDS, VERSION, Pairs, Scene
+from data_prep.marionette.scene import FOCAL, KINDS, Pairs, Scene
 from data_prep.marionette.scene_sampling import draw_scene
-from data_prep.marionette.stage import CAPSULE_INSTANCE, CAPSULE_LABEL, LABELS, Stage, keypoints, set_stage
-from data_prep.marionette.vocabulary import ATTRIBUTES, COLORS, GROUNDS, HAIRS, SKIES, SKINS, UNSEEN_PAIRS, VOCABULARY
+from data_prep.marionette.stage import CAPSULE_INSTANCE, CAPSULE_LABEL, Stage, keypoints, set_stage
+from data_prep.marionette.vocabulary import SKIES
 
-__all__ = [
-    "ATTRIBUTES",
-    "COLORS",
-    "GROUNDS",
-    "HAIRS",
-    "KINDS",
-    "LABELS",
-    "SKIES",
-    "SKINS",
-    "UNSEEN_PAIRS",
-    "VERSION",
-    "VOCABULARY",
-    "Stills",
-    "render",
-    "render_scenes",
-]
 CHUNK_RAYS = 8 * 128 * 128  # rays computed at once: what stays in a core's cache
 
 
@@ -48,10 +32,10 @@ class Stills:
     depth: (B,H,W) float32 inverse depth, 1 / world units, averaged over the pixel's area: LARGER IS NEARER, the sky 0.
     instances: (B,H,W) uint8: 0 background, i the i-th person: whoever has the largest share of the pixel's area, on a
         tie the higher number.
-    parts: (B,H,W) uint8 indices in LABELS, by the same rule.
+    parts: (B,H,W) uint8 indices in stage.LABELS, by the same rule.
     edges: (B,H,W) bool: of two neighbouring pixels of different parts or people, or with a jump in depth, the nearer.
     identity: per image and person, see scene.Person.
-    attributes: what can be read from the image, see words.ATTRIBUTES.
+    attributes: what can be read from the image, see vocabulary.ATTRIBUTES.
     prompt: the captions. kind: keys of KINDS.
     """
 
@@ -80,7 +64,7 @@ def _color_hits(stage: Stage, hits: Hits, light: Tensor, brightness: Tensor, sid
     axes = stage.frames.float().flatten(2)[:, :, hits.capsule]
     offset = hits.point - start
     own = torch.stack([dot(axis, offset) for axis in axes])
-    return stage.paint.look(own, hits.capsule) * shade(hits.normal, light[:, scene]) * brightness[scene]
+    return stage.paint.color_at(own, hits.capsule) * shade(hits.normal, light[:, scene]) * brightness[scene]
 
 
 def _move(value: Any, device: torch.device) -> Any:
@@ -148,7 +132,7 @@ def render(
         resolution: side of the images in pixels.
         supersampling: rays per pixel along each axis; image and depth are averages over the pixel's area.
         kinds: probabilities of the kinds of scene, keys of KINDS, 1 in sum.
-        pairs: "seen" leaves out the pairs of colours in UNSEEN_PAIRS, "unseen" draws them alone.
+        pairs: "seen" leaves out the pairs of colours in vocabulary.UNSEEN_PAIRS, "unseen" draws them alone.
         device: where rays are cast; the result is on the CPU, and the same on every device up to rounding.
 
     Raises:

@@ -138,11 +138,11 @@ class Scene:
 
     @property
     def attributes(self) -> dict[str, str]:
-        """What can be read from the image: those of words.ATTRIBUTES that apply."""
+        """What can be read from the image: those of vocabulary.ATTRIBUTES that apply."""
         portrait = self.kind == "portrait"
         values = {"people": "two" if self.kind == "two" else "one", "portrait": "yes" if portrait else "no"}
         values |= {"sky": self.sky} | ({} if portrait else {"ground": self.ground})
         for prefix, person in zip(("", "second_"), self.people, strict=False):
-            found = read_person(person.identity, portrait=portrait, glasses=self._shows_glasses(person))
-            values |= {f"{prefix}{name}": value for name, value in found.items()}
+            words = read_person(person.identity, portrait=portrait, glasses=self._shows_glasses(person))
+            values |= {f"{prefix}{name}": value for name, value in words.items()}
         return values

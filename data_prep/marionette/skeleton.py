@@ -85,8 +85,8 @@ def body_points(pose: Mapping[str, Turn], shape: Mapping[str, Tensor]) -> tuple[
     return points, frames
 
 
-def stand(points: Mapping[str, Tensor], place: Tensor) -> dict[str, Tensor]:
-    """Sets a body down with its lowest joint on the ground.
+def place_on_ground(points: Mapping[str, Tensor], place: Tensor) -> dict[str, Tensor]:
+    """Moves a body so that its lowest joint is on the ground.
 
     Args:
         points: of `body_points`, (3, ...).

@@ -11,7 +11,7 @@ from data_prep.marionette.body_parts import CLEAR, KEYPOINT_RADIUS, PARTS, SHOWS
 from data_prep.marionette.materials import PLAIN, Paint, paint_part, paint_thing
 from data_prep.marionette.raycast import Capsules, Views, intersect, place_cameras, to_pixels
 from data_prep.marionette.scene import MAX_PEOPLE, MAX_THINGS, POSE, SHAPE, Scene, Thing
-from data_prep.marionette.skeleton import Turn, body_points, stand
+from data_prep.marionette.skeleton import Turn, body_points, place_on_ground
 from rg.points import KEYPOINTS, inside
 
 THING_PARTS = 2
@@ -76,7 +76,7 @@ def set_stage(scenes: Sequence[Scene]) -> Stage:
             paints[b][first : first + THING_PARTS] = paint_thing(thing)
     build = dict(zip(SHAPE, torch.from_numpy(builds).unbind(-1), strict=True))
     points, frames = body_points(_turns(angles), build)
-    points = stand(points, place)
+    points = place_on_ground(points, place)
     views = place_cameras(scenes, points["head"][:, :, 0])
     growth = torch.stack([build[part.girth] for part in PARTS], -1)
     radius = worn * growth * torch.tensor([part.radius for part in PARTS], dtype=torch.float64)
@@ -93,10 +93,10 @@ def set_stage(scenes: Sequence[Scene]) -> Stage:
     axes = torch.cat([axes.flatten(3), upright], -1)
     return Stage(
         world=world,
-        seen=Capsules(views.see(world.start), views.see(world.end), world.radius),
+        seen=Capsules(views.to_camera(world.start), views.to_camera(world.end), world.radius),
         frames=torch.stack([views.turn(axis) for axis in axes]),
         paint=Paint.stack(paints),
-        joints=views.see(torch.stack([points[name] for name in KEYPOINTS], -1)),
+        joints=views.to_camera(torch.stack([points[name] for name in KEYPOINTS], -1)),
         present=present,
         views=views,
     )

@@ -26,25 +26,20 @@ SURFACE = 0.005  # world units within which the front-most surface counts as the
 
 
 @dataclass(frozen=True)
-class Videos:
-    """B videos of T frames.
+class Clip:
+    """A video of T frames.
 
-    stills: the B*T frames and their labels, video by video.
-    tracks: (B,T,N,2) float32 (x, y) in pixels, N points on the surfaces of people followed through all frames, also
+    stills: the T frames and their labels.
+    tracks: (T,N,2) float32 (x, y) in pixels, N points on the surfaces of people followed through all frames, also
         where they are hidden or outside of the image.
-    visible: (B,T,N) bool, whether the point is the front-most surface at its place in the image.
-    instances: (B,N) uint8, whose surface: i for the i-th person.
+    visible: (T,N) bool, whether the point is the front-most surface at its place in the image.
+    instances: (N,) uint8, whose surface: i for the i-th person.
     """
 
     stills: Stills
     tracks: Tensor
     visible: Tensor
     instances: Tensor
-
-    @property
-    def frames(self) -> int:
-        """T."""
-        return self.tracks.shape[1]
 
 
 def _ease(share: float) -> float:
@@ -111,11 +106,11 @@ def _surface_points(stage: Stage, instances: Tensor, count: int, rng: Generator)
         stage: of one video's T scenes. instances: (T,H,W) label maps, from which the pixels are drawn.
     """
     side = instances.shape[-1]
-    found = instances.nonzero()
+    occupied = instances.nonzero()
     capsules, places = [], []
     # A pixel that belongs mostly to a person may be missed at a point within it: draw again, but not for ever.
     for _ in range(20):
-        frame, row, column = found[torch.from_numpy(rng.integers(len(found), size=count))].unbind(1)
+        frame, row, column = occupied[torch.from_numpy(rng.integers(len(occupied), size=count))].unbind(1)
         jitter = torch.from_numpy(rng.uniform(-0.5, 0.5, (2, count)))
         u, v = (column + jitter[0] + 0.5) / side * 2 - 1, 1 - (row + jitter[1] + 0.5) / side * 2
         ray = torch.stack([u / FOCAL, v / FOCAL, -torch.ones_like(u)])
@@ -146,34 +141,6 @@ def _follow(stage: Stage, capsule: Tensor, place: Tensor, resolution: int) -> tu
     return pixels.float(), seen
 
 
-def render_videos(
-    seeds: Sequence[tuple[int, ...]],
-    *,
-    frames: int,
-    points: int = 64,
-    resolution: int = 64,
-    supersampling: int = 2,
-    kinds: Mapping[str, float] = KINDS,
-    device: str | torch.device = "cpu",
-) -> Videos:
-    """Draws and renders one video per seed; a seed gives the same bits in any batch.
-
-    Args:
-        seeds, resolution, supersampling, kinds, device: as of `render`.
-        frames: T >= 2.
-        points: N >= 1 tracked points per video, drawn from the people's pixels in all frames.
-
-    Raises:
-        ValueError: no seed, fewer than two frames or one point, or a video in which no person is ever in the image.
-    """
-    if not seeds or frames < 2 or points < 1:
-        raise ValueError(f"expected at least 1 seed, 2 frames and 1 point, got {len(seeds)}, {frames} and {points}")
-    settings = {"points": points, "resolution": resolution, "supersampling": supersampling, "device": device}
-    films = [render_clip(draw_video(seed, frames, kinds), seed=seed, **settings) for seed in seeds]
-    tables = (torch.cat([getattr(made, name) for made in films]) for name in ("tracks", "visible", "instances"))
-    return Videos(Stills.join([made.stills for made in films]), *tables)
-
-
 def render_clip(
     scenes: Sequence[Scene],
     *,
@@ -182,8 +149,14 @@ def render_clip(
     resolution: int = 64,
     supersampling: int = 2,
     device: str | torch.device = "cpu",
-) -> Videos:
-    """Renders given scenes, such as some of `draw_video`, as one video; `seed` draws the points that are followed.
+) -> Clip:
+    """Renders T given scenes, such as some of `draw_video`, as one video.
+
+    Args:
+        scenes: of the frames, T >= 1.
+        seed: draws the points that are followed.
+        points: N >= 1 points, drawn from the people's pixels in all frames.
+        resolution, supersampling, device: as of `render`.
 
     Raises:
         ValueError: no person is in the image in any of the scenes.
@@ -195,4 +168,4 @@ def render_clip(
     rng = default_rng(SeedSequence((VIDEO_STREAM + 1, *seed)))
     capsule, place = _surface_points(stage, stills.instances, points, rng)
     pixels, seen = _follow(stage, capsule, place, resolution)
-    return Videos(stills, pixels[None], seen[None], CAPSULE_INSTANCE[capsule].to(torch.uint8)[None])
+    return Clip(stills, pixels, seen, CAPSULE_INSTANCE[capsule].to(torch.uint8))

@@ -21,7 +21,7 @@ class Sky:
 
 @dataclass(frozen=True)
 class Ground:
-    """A ground: its RGB and its texture (a key of surfaces.TEXTURES, periods per world unit, contrast in [0, 1])."""
+    """A ground: its RGB and its texture (a key of materials.TEXTURES, periods per world unit, contrast in [0, 1])."""
 
     color: Rgb
     texture: str

@@ -1,4 +1,4 @@
-"""Where pairs of frames come from: rendered videos, and folders of frames such as DAVIS's."""
+"""Images, pairs of frames and triplets that the renderer draws: endless, each from its seed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ class MarionettePairs:
     Args:
         seed: of the world; the pair at an index depends on (seed, split, index) alone.
         resolution: side of the images in pixels.
-        kinds: probabilities of the kinds of scene, keys of data_prep.marionette.KINDS.
+        kinds: probabilities of the kinds of scene, keys of data_prep.marionette.scene.KINDS.
         points: how many are followed, on what is seen in one of the two frames at least.
         clips: give the frames between the two as well, which a tracker needs.
     """
@@ -71,20 +71,20 @@ class MarionettePairs:
         scenes = draw_clip(seed, self.kinds)
         scenes = scenes if self.clips else [scenes[0], scenes[-1]]
         try:
-            made = render_clip(scenes, seed=seed, points=self.points, resolution=self.resolution)
+            clip = render_clip(scenes, seed=seed, points=self.points, resolution=self.resolution)
         except ValueError as error:
             return Skip(str(error))
-        points = torch.cat([made.tracks[0], made.visible[0, ..., None]], -1)
+        points = torch.cat([clip.tracks, clip.visible[..., None]], -1)
         return SourceGroup(
             name=f"video of seed {seed}",
-            images=made.stills.image,
-            prompt=made.stills.prompt[0],
-            kind=made.stills.kind[0],
+            images=clip.stills.image,
+            prompt=clip.stills.prompt[0],
+            kind=clip.stills.kind[0],
             points=points[[0, -1]].transpose(0, 1),
-            mask=made.stills.instances[0] > 0,
+            mask=clip.stills.instances[0] > 0,
             turn=head_turn(scenes[0], scenes[-1]),
             seed=seed,
-            identity=made.stills.identity[0],
+            identity=clip.stills.identity[0],
         )
 
 
@@ -106,7 +106,7 @@ class AppearanceTriplets:
     Args:
         seed: of the world; the group at an index depends on (seed, split, index) alone.
         resolution: side of the images in pixels.
-        kinds: probabilities of the kinds of scene, keys of data_prep.marionette.KINDS.
+        kinds: probabilities of the kinds of scene, keys of data_prep.marionette.scene.KINDS.
     """
 
     def __init__(self, *, seed: int = 0, resolution: int = 64, kinds: Mapping[str, float] = KINDS) -> None:
@@ -174,13 +174,13 @@ def draw_face(seed: tuple[int, ...]) -> Scene:
 
 
 def other_appearance(scene: Scene, other: Scene) -> Scene:
-    """A scene with the coats, ground and sky of another one of its kind; no surface moves."""
+    """A scene with the clothes and colours, ground and sky of another one of its kind; no surface moves."""
     people = []
     for person, model in zip(scene.people, other.people, strict=True):
-        coat = {name: model.identity[name] for name in APPEARANCE} | {
+        dress = {name: model.identity[name] for name in APPEARANCE} | {
             "hat": person.identity["hat"] and model.identity["shirt"]
         }
-        people.append(replace(person, identity=person.identity | coat, phase=model.phase))
+        people.append(replace(person, identity=person.identity | dress, phase=model.phase))
     return replace(scene, people=tuple(people), sky=other.sky, ground=other.ground, phase=other.phase)
 
 
@@ -195,7 +195,7 @@ class MarionetteSource:
     Args:
         seed: of the world.
         resolution: side of the images in pixels.
-        kinds: probabilities of the kinds of scene, keys of data_prep.marionette.KINDS.
+        kinds: probabilities of the kinds of scene, keys of data_prep.marionette.scene.KINDS.
     """
 
     def __init__(self, *, seed: int = 0, resolution: int = 64, kinds: Mapping[str, float] = KINDS) -> None:

@@ -112,8 +112,8 @@ def read_member(raw: dict[str, Any], member: str, shard: Path, read: Callable[[b
     """
     key = raw["__key__"]
     if member not in raw:
-        found = sorted(name for name in raw if not name.startswith("__"))
-        raise DataError(f"{shard} is truncated or not ours: sample {key} has no {member!r}, only {found}")
+        members = sorted(name for name in raw if not name.startswith("__"))
+        raise DataError(f"{shard} is truncated or not ours: sample {key} has no {member!r}, only {members}")
     try:
         return read(raw[member])
     except Exception as error:  # a damaged file may fail anywhere inside its decoder

@@ -110,18 +110,18 @@ def read_samples(folder: Path, manifest: Manifest, wanted: Sequence[int]) -> lis
     Raises:
         DataError: see `read_shard`, `Sample.decode` and `Group.decode`.
     """
-    missing, found = set(wanted), {}
+    missing, samples = set(wanted), {}
     for name, shard in sorted(manifest.shards.items()):
         if missing.isdisjoint(range(shard["start"], shard["stop"])):
             continue
         for raw in read_shard(folder / name, shard):
             if int(raw["__key__"]) in missing:
                 kind = manifest.kind or ("group" if "0.png" in raw else "image")  # older manifests do not say
-                found[int(raw["__key__"])] = RECORDS[kind].decode(raw, folder / name)
-    missing -= found.keys()
+                samples[int(raw["__key__"])] = RECORDS[kind].decode(raw, folder / name)
+    missing -= samples.keys()
     if missing:
         raise DataError(f"{folder}: the shards lack sample {min(missing):08d}, which the manifest counts")
-    return [found[index] for index in wanted]
+    return [samples[index] for index in wanted]
 
 
 def read_shards(

@@ -135,7 +135,7 @@ class PersonDetector(Hourglass):
         rows, columns = (torch.arange(side // PATCH, device=images.device) for side in (h, w))
         cells = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)
         centre = rescale(cells + torch.stack(place[:2], -1), (h // PATCH, w // PATCH), (h, w))
-        # A box is at home at half the image's height.
+        # Logits of 0 give a box as wide and as high as half the image is high.
         sides = torch.stack(place[2:], -1).clamp(-3, 3).exp() * h / 2
         return score, torch.cat([centre, sides], -1)
 
@@ -148,14 +148,14 @@ class PersonDetector(Hourglass):
         """
         logits, boxes = self(images)
         left, boxes = logits.sigmoid().flatten(1), boxes.flatten(1, 2)
-        found, scores = [], []
+        chosen, scores = [], []
         for _ in range(people):
             score, best = left.max(1, keepdim=True)
             box = boxes.gather(1, best[..., None].expand(-1, -1, 4))
-            found.append(box)
+            chosen.append(box)
             scores.append(score)
             left = left * (overlap(boxes, box) < OVERLAP)
-        return torch.cat(found, 1), torch.cat(scores, 1)
+        return torch.cat(chosen, 1), torch.cat(scores, 1)
 
 
 def overlap(boxes: Tensor, others: Tensor) -> Tensor:

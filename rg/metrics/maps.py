@@ -40,9 +40,9 @@ class DepthScores(MeanPerImage):
         predicted, target, counted = predicted[known], target[known], counted[known]
         aligned = align(predicted, target, counted)
         error = target.clamp_min(FARTHEST).log() - aligned.clamp_min(FARTHEST).log()
-        spread = _mean((error - _mean(error, counted)) ** 2, counted).sqrt()
+        std = _mean((error - _mean(error, counted)) ** 2, counted).sqrt()
         good = _mean((error.abs() < math.log(DELTA)).double(), counted)
-        self.add_images(torch.cat([spread, good], 1))
+        self.add_images(torch.cat([std, good], 1))
 
 
 class EdgeScores(MeanPerImage):
@@ -65,10 +65,10 @@ class EdgeScores(MeanPerImage):
             ValueError: the two differ in shape.
         """
         _check(predicted, target)
-        found, truth = predicted > THRESHOLD, target > THRESHOLD
-        precision, recall = _share_near(found, truth), _share_near(truth, found)
+        edges, truth = predicted > THRESHOLD, target > THRESHOLD
+        precision, recall = _share_near(edges, truth), _share_near(truth, edges)
         score = 2 * precision * recall / (precision + recall).clamp_min(1e-12)
-        nothing = ~(found | truth).flatten(1).any(1)
+        nothing = ~(edges | truth).flatten(1).any(1)
         self.add_images((score + nothing)[:, None])
 
 

@@ -38,7 +38,7 @@ class MeanPerImage(Metric):
         self.images += len(scores)
 
     def compute(self) -> dict[Hashable, dict[str, float]]:
-        """For each name the mean over images and its standard error "sem", 0 for one image (its spread is unknown).
+        """For each name the mean over images and its standard error "sem", 0 for one image (it cannot be estimated).
 
         Raises:
             ValueError: no image was counted.
@@ -129,7 +129,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     """Unbiased squared MMD with kernel (x . y / D + 1)^3, the KID of Binkowski et al. (2018), of features of two sets.
 
     Its mean over draws from one distribution is 0, so single values may be negative. Below 256 samples per set the
-    spread hides most differences.
+    its standard deviation hides most differences.
 
     Args:
         a: (N, D), N >= 2.

@@ -23,7 +23,7 @@ def views(scene, person):
 def project(cameras, *points, resolution=64):
     """Pixels (N,2) of points in the world, all seen by every camera: (B,N,2)."""
     world = torch.tensor(points, dtype=torch.float64).T[:, None].expand(3, cameras.axes.shape[-1], len(points))
-    return to_pixels(cameras.see(world), resolution)
+    return to_pixels(cameras.to_camera(world), resolution)
 
 
 def assert_pixels(found, *expected):
@@ -94,7 +94,7 @@ def test_each_scene_has_its_own_camera_whatever_the_shape_of_the_points(views):
     points = torch.randn(3, 2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for b, camera in enumerate(cameras):
         alone = views(camera)
-        assert torch.equal(both.see(points)[:, b], alone.see(points[:, b : b + 1])[:, 0])
+        assert torch.equal(both.to_camera(points)[:, b], alone.to_camera(points[:, b : b + 1])[:, 0])
         assert torch.equal(both.turn(points)[:, b], alone.turn(points[:, b : b + 1])[:, 0])
-    difference = both.see(points) - both.see(points * 0)
+    difference = both.to_camera(points) - both.to_camera(points * 0)
     torch.testing.assert_close(both.turn(points), difference)  # a vector has no place

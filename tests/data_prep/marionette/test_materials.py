@@ -11,7 +11,7 @@ from data_prep.marionette.materials import (
     CLOTH_CONTRAST,
     SHADOWLESS,
     TEXTURES,
-    Coat,
+    Material,
     Paint,
     backdrop,
     cast_shadows,
@@ -23,7 +23,7 @@ from data_prep.marionette.materials import (
 from data_prep.marionette.raycast import directions, to_pixels
 from data_prep.marionette.scene import FOCAL, Camera, Thing
 from data_prep.marionette.scene_sampling import draw_scene
-from data_prep.marionette.skeleton import stand
+from data_prep.marionette.skeleton import place_on_ground
 from data_prep.marionette.stage import CAPSULE_INSTANCE, set_stage
 from data_prep.marionette.vocabulary import GROUNDS, SKIES
 
@@ -65,25 +65,28 @@ def test_patches_are_smooth_and_are_no_stripes(uniform):
 
 
 def test_paint_by_hand():
-    coats = [[Coat((100, 200, 0), "stripes", 2.0, 0.5, 0.25), Coat((7, 8, 9))], [Coat((10, 20, 30))] * 2]
-    paint = Paint.stack(coats)
+    materials = [
+        [Material((100, 200, 0), "stripes", 2.0, 0.5, 0.25), Material((7, 8, 9))],
+        [Material((10, 20, 30))] * 2,
+    ]
+    paint = Paint.stack(materials)
     points = torch.zeros(3, 2, 2)
     points[1, 0, 0] = 0.375  # 2 * 0.375 + 0.25 = a whole number: the lightest place
-    found = paint.look(points)
-    assert found[:, 0, 0].tolist() == [100 + 0.5 * (50 + 50), 200 + 0.5 * (50 + 100), 25]
-    assert found[:, 0, 1].tolist() == [7, 8, 9] and found[:, 1].T.tolist() == [[10, 20, 30]] * 2
+    colors = paint.color_at(points)
+    assert colors[:, 0, 0].tolist() == [100 + 0.5 * (50 + 50), 200 + 0.5 * (50 + 100), 25]
+    assert colors[:, 0, 1].tolist() == [7, 8, 9] and colors[:, 1].T.tolist() == [[10, 20, 30]] * 2
     where = torch.tensor([0, 1, 3, 0])
-    assert torch.equal(paint.look(points.flatten(1)[:, where], where), found.flatten(1)[:, where])
+    assert torch.equal(paint.color_at(points.flatten(1)[:, where], where), colors.flatten(1)[:, where])
 
 
 def test_people_are_painted_with_their_clothes_and_patterns(person):
     someone = replace(person(worn={"shirt_pattern": "checks"}), phase=0.4)
     colors = palette(someone.identity)
-    coats = {part.paint: paint_part(part, colors, someone) for part in PARTS}
-    assert coats["shirt"].texture == "checks" and coats["trousers"].texture == "plain"
-    assert coats["shirt"].color == colors["shirt"] and coats["shirt"].phase == 0.4
-    assert 0 < coats["skin"].contrast < coats["shirt"].contrast and 0 < coats["hair"].contrast < CLOTH_CONTRAST
-    assert coats["hat"].color == (0, 0, 0)
+    worn = {part.paint: paint_part(part, colors, someone) for part in PARTS}
+    assert worn["shirt"].texture == "checks" and worn["trousers"].texture == "plain"
+    assert worn["shirt"].color == colors["shirt"] and worn["shirt"].phase == 0.4
+    assert 0 < worn["skin"].contrast < worn["shirt"].contrast and 0 < worn["hair"].contrast < CLOTH_CONTRAST
+    assert worn["hat"].color == (0, 0, 0)
 
 
 def test_light_by_hand(scene):
@@ -105,7 +108,7 @@ def placed(body):
 
     def place(someone):
         points, frames = body(someone)
-        points = stand(points, torch.tensor(someone.place, dtype=torch.float64))
+        points = place_on_ground(points, torch.tensor(someone.place, dtype=torch.float64))
         return [(points[part.start], points[part.end], torch.stack(frames[part.frame])) for part in PARTS]
 
     return place
@@ -129,7 +132,7 @@ def read_part(one, start, frame, points, normals, shoot, resolution=320):
     stage = set_stage([one])
     world, facing = start[:, None] + frame.T @ points, frame.T @ normals
     still = shoot(one, resolution=resolution, supersampling=1)
-    seen = stage.views.see(world[:, None])[:, 0]
+    seen = stage.views.to_camera(world[:, None])[:, 0]
     column, row = to_pixels(seen, resolution).round().long().unbind(-1)
     within = (column >= 0) & (row >= 0) & (column < resolution) & (row < resolution)
     column, row = column.clamp(0, resolution - 1), row.clamp(0, resolution - 1)
@@ -194,8 +197,8 @@ def test_every_pixel_of_clothes_is_its_paint_in_the_parts_axes(shoot, placed):
             share = ((offset * axis).sum(0) / (axis * axis).sum().clamp_min(1e-12)).clamp(0, 1)
             away = offset - share * axis
             gap = (away.norm(dim=0) - part.radius * one.people[0].identity[part.girth]).abs()
-            coat = paint_part(part, colors, one.people[0])
-            paint = Paint.stack([[coat]]).look(frame @ offset, torch.zeros(resolution**2, dtype=torch.int64))
+            material = paint_part(part, colors, one.people[0])
+            paint = Paint.stack([[material]]).color_at(frame @ offset, torch.zeros(resolution**2, dtype=torch.int64))
             light = shade(away / away.norm(dim=0), light_directions([one])) * SKIES[one.sky].brightness
             expected = torch.where(gap < lowest, (paint * light).clamp(0, 255), expected)
             lowest = torch.minimum(gap, lowest)
@@ -217,7 +220,7 @@ def test_a_turn_about_a_parts_own_axis_turns_its_pattern(scene, person):
     cosine, sine = math.cos(0.5), math.sin(0.5)
     turned = torch.stack([cosine * offset[0] + sine * offset[2], offset[1], cosine * offset[2] - sine * offset[0]])
     still, moved, followed = (
-        stage.paint.look(stage.frames[:, :, b, neck] @ places, torch.full((200,), b * CAPSULES + neck))
+        stage.paint.color_at(stage.frames[:, :, b, neck] @ places, torch.full((200,), b * CAPSULES + neck))
         for b, places in ((0, offset), (1, offset), (1, turned))
     )
     torch.testing.assert_close(followed, still)

@@ -180,7 +180,7 @@ def test_what_lies_below_the_ground_is_not_seen(scene, person, shoot, kind, heig
     stills = shoot(one, supersampling=1, resolution=128)
     front = size * math.sqrt(1 - height**2)  # of the circle in which it meets the ground
     stage = set_stage([one])
-    where = stage.views.see(torch.tensor([[place[0]], [0.0], [front]], dtype=torch.float64))
+    where = stage.views.to_camera(torch.tensor([[place[0]], [0.0], [front]], dtype=torch.float64))
     x, y = to_pixels(where, 128)[0].tolist()
     column = (stills.parts[0, :, round(x)] == LABELS.index("thing")).nonzero()
     assert len(column) > 10 and column.max().item() == pytest.approx(y, abs=1.2)

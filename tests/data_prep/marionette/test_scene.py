@@ -158,7 +158,7 @@ def test_things_stand_in_sight_and_leave_the_people_room(drawn):
             x, z = thing.place
             places.append((thing.kind, one.kind, -(x * sine + z * cosine)))  # behind the people
             stage = set_stage([replace(one, things=())])
-            ground = stage.views.see(torch.tensor([[x], [0.0], [z]], dtype=torch.float64))[:, 0]
+            ground = stage.views.to_camera(torch.tensor([[x], [0.0], [z]], dtype=torch.float64))[:, 0]
             offside.append(abs((to_pixels(ground, 64)[0].item() - 31.5) / 32))
         if len(places) > 300:
             break

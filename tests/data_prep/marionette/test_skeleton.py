@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data_prep.marionette.body_parts import LOWEST, MIDLINE, PAIRED, PARTS, SHOWS, palette
-from data_prep.marionette.skeleton import stand, turn
+from data_prep.marionette.skeleton import place_on_ground, turn
 from data_prep.marionette.stage import PEOPLE_PARTS, set_stage
 from data_prep.marionette.vocabulary import COLORS, HAIRS, SKINS
 from rg.points import KEYPOINTS
@@ -158,12 +158,12 @@ def test_whoever_stands_crouches_or_sits_touches_the_ground_and_does_not_sink(dr
 )
 def test_a_body_is_set_down_on_its_lowest_joint(body, person, pose, name):
     points, _ = body(person(**{f"{side}_{angle}": value for side in SIDES for angle, value in pose.items()}))
-    stood = stand(points, torch.tensor([2.0, -3.0], dtype=torch.float64))
-    assert stood["pelvis"][[0, 2]].tolist() == [2, -3]
-    heights = {joint: stood[f"right_{joint}"][1].item() - reach for joint, reach in LOWEST.items()}
+    placed = place_on_ground(points, torch.tensor([2.0, -3.0], dtype=torch.float64))
+    assert placed["pelvis"][[0, 2]].tolist() == [2, -3]
+    heights = {joint: placed[f"right_{joint}"][1].item() - reach for joint, reach in LOWEST.items()}
     assert min(heights, key=heights.get) == name and heights[name] == pytest.approx(0)
-    shift = stood["pelvis"] - points["pelvis"]
-    assert all(torch.allclose(stood[name] - points[name], shift) for name in points)
+    shift = placed["pelvis"] - points["pelvis"]
+    assert all(torch.allclose(placed[name] - points[name], shift) for name in points)
 
 
 def test_paints_are_what_is_worn(person):

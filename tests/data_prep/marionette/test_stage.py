@@ -138,16 +138,16 @@ def test_a_camera_that_looks_away_sees_nobody(scene, person, shoot):
 def test_front_most_depths_by_hand(scene, person):
     stage = set_stage([scene(person(worn={"glasses": True}))])
     # Through the middle of the chest, and through the bridge of the nose.
-    chest = stage.views.see(torch.tensor([[0.0, PELVIS + 0.3, 0.0]]).double().T)
+    chest = stage.views.to_camera(torch.tensor([[0.0, PELVIS + 0.3, 0.0]]).double().T)
     depth, capsule = first_depth(stage, chest)
     slope = (0.9 - PELVIS - 0.3) / 3
     assert depth.item() == pytest.approx(3 - 0.145, abs=0.145 * slope**2 + 1e-3)
     assert LABELS[CAPSULE_LABEL[capsule]] == "trunk" and CAPSULE_INSTANCE[capsule] == 1
-    bridge = stage.views.see(torch.tensor([[0.0, PELVIS + 0.75, 0.118]]).double().T)
+    bridge = stage.views.to_camera(torch.tensor([[0.0, PELVIS + 0.75, 0.118]]).double().T)
     with_glasses, without = first_depth(stage, bridge, glasses=True), first_depth(stage, bridge)
     assert LABELS[CAPSULE_LABEL[with_glasses[1]]] == "glasses" and LABELS[CAPSULE_LABEL[without[1]]] == "face"
     assert with_glasses[0] < without[0]
-    nothing = stage.views.see(torch.tensor([[0.9, 1.5, 0.0]]).double().T)
+    nothing = stage.views.to_camera(torch.tensor([[0.9, 1.5, 0.0]]).double().T)
     assert first_depth(stage, nothing)[0].item() == math.inf
 
 

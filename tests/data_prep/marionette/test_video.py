@@ -2,22 +2,29 @@
 
 import math
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
 
 from data_prep.marionette.body_parts import PARTS
 from data_prep.marionette.render import Stills, render_scenes
+from data_prep.marionette.scene import KINDS
 from data_prep.marionette.scene_sampling import draw_scene
 from data_prep.marionette.stage import set_stage
-from data_prep.marionette.video import BEAT, Videos, _follow, draw_video, render_videos
+from data_prep.marionette.video import BEAT, Clip, _follow, draw_video, render_clip
 from rg.points import inside
 
 
+def clip_of(seed: tuple[int, ...], frames: int, kinds: dict[str, float] = KINDS, **settings: Any) -> Clip:
+    """The first frames of the video of a seed, with 64 points."""
+    return render_clip(draw_video(seed, frames, kinds), **{"seed": seed, "points": 64} | settings)
+
+
 @pytest.fixture(scope="module")
-def videos():
-    """Three videos of 12 frames, one of each kind of scene."""
-    return [render_videos([(1, 0)], frames=12, kinds={kind: 1.0}) for kind in ("one", "two", "portrait")]
+def clips():
+    """Three clips of 12 frames, one of each kind of scene."""
+    return [clip_of((1, 0), 12, {kind: 1.0}) for kind in ("one", "two", "portrait")]
 
 
 def test_the_first_frame_is_the_scene_of_the_seed_and_the_rest_is_the_same_world():
@@ -49,58 +56,52 @@ def test_motion_is_smooth_and_moves():
         assert yaws[::BEAT].diff(dim=0).abs().max() <= math.pi + 1e-6
 
 
-def test_shapes_and_errors():
-    made = render_videos([(1, 0), (1, 1)], frames=3, points=5, resolution=16, supersampling=1)
-    assert made.frames == 3 and made.stills.image.shape == (6, 3, 16, 16)
-    assert (made.tracks.shape, made.tracks.dtype) == ((2, 3, 5, 2), torch.float32)
-    assert (made.visible.shape, made.visible.dtype) == ((2, 3, 5), torch.bool)
-    assert (made.instances.shape, made.instances.dtype) == ((2, 5), torch.uint8) and (made.instances > 0).all()
-    for arguments, words in (({"seeds": []}, "seed"), ({"frames": 1}, "frames"), ({"points": 0}, "point")):
-        with pytest.raises(ValueError, match=words):
-            render_videos(**({"seeds": [(0, 0)], "frames": 2} | arguments))
+def test_shapes_and_errors(scene, person):
+    made = clip_of((1, 1), 3, points=5, resolution=16, supersampling=1)
+    assert made.stills.image.shape == (3, 3, 16, 16)
+    assert (made.tracks.shape, made.tracks.dtype) == ((3, 5, 2), torch.float32)
+    assert (made.visible.shape, made.visible.dtype) == ((3, 5), torch.bool)
+    assert (made.instances.shape, made.instances.dtype) == ((5,), torch.uint8) and (made.instances > 0).all()
+    with pytest.raises(ValueError, match=r"2 frames.*\(7, 8\)"):
+        render_clip([scene(person(place=(30.0, 0.0)))] * 2, seed=(7, 8), points=5)
 
 
-def test_a_seed_gives_the_same_bits_in_every_batch():
-    seeds = [(4, index) for index in range(3)]
-    together = render_videos(seeds, frames=4, resolution=32)
-    for index, seed in enumerate(seeds):
-        alone = render_videos([seed], frames=4, resolution=32)
-        for field in fields(Videos)[1:]:
-            assert torch.equal(getattr(together, field.name)[index], getattr(alone, field.name)[0]), field.name
-        for field in fields(Stills):
-            own, other = (
-                getattr(together.stills, field.name)[4 * index : 4 * index + 4],
-                getattr(alone.stills, field.name),
-            )
-            assert torch.equal(own, other) if isinstance(own, torch.Tensor) else own == other, field.name
-    again = render_scenes(draw_video(seeds[0], 4), resolution=32, supersampling=2)
-    assert torch.equal(together.stills.image[:4], again.image)
+def test_a_seed_gives_the_same_bits_and_the_images_of_its_scenes():
+    scenes = draw_video((4, 0), 4)
+    one, again, other = (render_clip(scenes, seed=seed, points=64, resolution=32) for seed in ((4, 0), (4, 0), (4, 1)))
+    stills = render_scenes(scenes, resolution=32, supersampling=2)
+    for field in fields(Clip)[1:]:
+        assert torch.equal(getattr(one, field.name), getattr(again, field.name)), field.name
+    for field in fields(Stills):
+        own, expected = getattr(one.stills, field.name), getattr(stills, field.name)
+        assert torch.equal(own, expected) if isinstance(own, torch.Tensor) else own == expected, field.name
+    assert not torch.equal(one.tracks, other.tracks)  # the seed draws the points
 
 
-def test_every_track_is_seen_somewhere_and_visible_ones_lie_on_their_person(videos):
-    for made in videos:
-        assert (made.visible[0].any(0)).all()
-        assert inside(made.tracks[0], (64, 64))[made.visible[0]].all()
+def test_every_track_is_seen_somewhere_and_visible_ones_lie_on_their_person(clips):
+    for made in clips:
+        assert made.visible.any(0).all()
+        assert inside(made.tracks, (64, 64))[made.visible].all()
         right = total = 0
-        for frame in range(made.frames):
-            x, y = made.tracks[0, frame][made.visible[0, frame]].round().long().clamp(0, 63).unbind(-1)
-            right += int((made.stills.instances[frame, y, x] == made.instances[0, made.visible[0, frame]]).sum())
+        for frame in range(len(made.tracks)):
+            x, y = made.tracks[frame][made.visible[frame]].round().long().clamp(0, 63).unbind(-1)
+            right += int((made.stills.instances[frame, y, x] == made.instances[made.visible[frame]]).sum())
             total += len(x)
         assert total > 300 and right > 0.93 * total  # at an outline a pixel may belong to its neighbour
 
 
 def test_tracks_stay_on_their_part_and_their_paint():
     """Seen at 400 pixels, from frame to frame."""
-    made = render_videos([(5, 3)], frames=6, points=200, resolution=400, supersampling=1, kinds={"one": 1.0})
-    x, y = made.tracks[0].round().long().clamp(0, 399).unbind(-1)
+    made = clip_of((5, 3), 6, {"one": 1.0}, points=200, resolution=400, supersampling=1)
+    x, y = made.tracks.round().long().clamp(0, 399).unbind(-1)
     frame = torch.arange(6)[:, None].expand_as(x)
     parts, colors = made.stills.parts[frame, y, x], made.stills.image.movedim(1, -1)[frame, y, x].float()
-    both = made.visible[0, :-1] & made.visible[0, 1:]
+    both = made.visible[:-1] & made.visible[1:]
     assert both.sum() > 500
     assert (parts[:-1] == parts[1:])[both].float().mean() > 0.97
     hue = colors / colors.sum(-1, keepdim=True).clamp_min(1)
     assert (hue[:-1] - hue[1:]).abs().amax(-1)[both].median() < 0.01
-    assert made.tracks[0].diff(dim=0).norm(dim=-1).median() > 1
+    assert made.tracks.diff(dim=0).norm(dim=-1).median() > 1
 
 
 def test_a_point_on_the_chest_by_hand(scene, person):
@@ -124,8 +125,8 @@ def test_a_point_on_the_chest_by_hand(scene, person):
     assert visible[:, 0].tolist() == [True, False, False, False]
 
 
-def test_points_are_followed_while_they_are_hidden(videos):
-    hidden = ~videos[0].visible[0] & inside(videos[0].tracks[0], (64, 64))
+def test_points_are_followed_while_they_are_hidden(clips):
+    hidden = ~clips[0].visible & inside(clips[0].tracks, (64, 64))
     assert 20 < hidden.sum() < 0.8 * hidden.numel()
-    steps = videos[0].tracks[0].diff(dim=0).norm(dim=-1)
+    steps = clips[0].tracks.diff(dim=0).norm(dim=-1)
     assert steps.max() < 8 and (steps > 0).all()
