@@ -9,14 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import hydra
 from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from data_prep.records import Source
 from data_prep.writer import ShardWriter
-from rg.cli import CONF, clear_errors
+from rg.cli import command
 from rg.data.samples import SPLITS, DataError
 from rg.data.shards import Manifest
 
@@ -115,8 +114,7 @@ def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
             yield f"{path}{key}", value
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="prepare")
-@clear_errors
+@command("prepare", stopped="finished shards are kept; the same command goes on")
 def main(config: DictConfig) -> None:
     """Runs the builder of the asked-for labels and images."""
     builder = config.data.builder

@@ -1,5 +1,6 @@
 """Readout guidance: steer diffusion models by small networks that read their features."""
 
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -19,3 +20,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'rg' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+if {"-h", "--help"} & set(sys.orig_argv[1:]):
+    # Here, before a command's module imports torch.
+    from rg.cli import answer_help
+
+    answer_help()

@@ -1,55 +1,283 @@
-"""Run folders that never collide and can be resumed, and errors that end a command with one line."""
+"""What all commands share: their entry and help, errors of one line, run folders that never collide and can be resumed.
 
+Nothing heavy is imported: `--help` and mistakes on the command line are answered before torch is loaded.
+"""
+
+import difflib
 import functools
 import hashlib
 import os
+import re
+import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers.utils import logging as diffusers_logging
 from omegaconf import DictConfig, OmegaConf
-from transformers.utils import logging as transformers_logging
 
-from rg.heads import load_head, released
-from rg.heads.base import ReadoutHead
+if TYPE_CHECKING:
+    from rg.heads.base import ReadoutHead
 
+CONF = Path(__file__).parents[1] / "conf"
 OUTPUTS = "outputs"
 # ImportError: Hydra found no such _target_.
 BAD_INPUT = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+# Overrides of earlier forms: the command (None: any), how the override begins, and what is written today.
+RENAMED = (
+    (None, "recipe@data.builder=", "pictures=folder pictures.path=my/images pictures.labels=my/labels"),
+    (None, "+recipe=", "data=pose, and pictures=folder pictures.path=my/images for images of your own"),
+    (None, "recipe.source.path=", "pictures.path=..."),
+    (None, "recipe.annotator.path=", "pictures.labels=..."),
+    (None, "recipe.", "data.builder...."),
+    ("prepare", "root=", "data.builder.root=..."),
+    ("edit", "picture=", "reference=..."),
+    ("edit", "heads=", "terms=[appearance], or 'terms=[{head: appearance, weight: 1.0}]'"),
+    ("edit", "weights=", "'terms=[{head: appearance, weight: 1.0}]'"),
+    ("edit", "classes=", "'terms=[{head: my/head, class: module.Class}]'"),
+)
 _chosen: dict[tuple[str, str], str] = {}
 
 
-def run_folder(name: str, overrides: str, resume: bool | str) -> str:
+def command(config_name: str, stopped: str = "the same command goes on") -> Callable[..., Callable[[], Any]]:
+    """Makes a function of a composed configuration a command, whose overrides are in sys.argv.
+
+    Bad input and what cannot be composed end with one line on stderr; HYDRA_FULL_ERROR=1 shows the stack.
+
+    Args:
+        config_name: the file below conf/.
+        stopped: what to say after Ctrl-C or SIGTERM, which end with status 130.
+    """
+
+    def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+        @functools.wraps(function)
+        def main() -> Any:
+            import hydra
+
+            main_of = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
+            shown = os.environ.get("HYDRA_FULL_ERROR")
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # what Hydra would print is raised, and said in one line here
+            try:
+                check_overrides(config_name, sys.argv[1:])
+                return main_of(one_line_errors(function, stopped, stack=shown == "1"))()
+            except Exception as error:
+                if shown == "1" or not (_of_configuration(error) or isinstance(error, ValueError)):
+                    raise
+                raise SystemExit(f"error: {explain(config_name, error, sys.argv[1:])}") from None
+            finally:
+                os.environ.pop("HYDRA_FULL_ERROR")
+                if shown is not None:
+                    os.environ["HYDRA_FULL_ERROR"] = shown
+
+        return main
+
+    return decorate
+
+
+def one_line_errors(function: Callable[..., Any], stopped: str = "", stack: bool = False) -> Callable[..., Any]:
+    """Ends a function with one line where input, files or numbers are bad or a person stops it; no stack trace.
+
+    Args:
+        function: any.
+        stopped: what to say after Ctrl-C or SIGTERM.
+        stack: show bad input's stack all the same.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        quiet_libraries()
+        own = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return function(*args, **kwargs)
+        except KeyboardInterrupt:
+            print(f"\nstopped: {stopped}", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+        except Exception as error:
+            # Hydra wraps what a constructor raises in an exception of its own.
+            bad_input = next((e for e in (error, error.__cause__) if isinstance(e, BAD_INPUT)), None)
+            if stack or (bad_input is None and not _of_configuration(error)):
+                raise
+            raise SystemExit(f"error: {bad_input or explain('', error, ())}") from None
+        finally:
+            signal.signal(signal.SIGTERM, own)
+
+    return wrapped
+
+
+def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of another command, within a command or without one."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    if GlobalHydra.instance().is_initialized():
+        return compose(config_name, list(overrides))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(config_name, list(overrides))
+
+
+def _of_configuration(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] in ("hydra", "omegaconf")
+
+
+def near(word: str, known: Sequence[str]) -> str:
+    """Which of the known words may have been meant, as the end of a sentence."""
+    meant = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(meant)}?" if meant else f"there is {', '.join(sorted(known))}"
+
+
+def check_overrides(config_name: str, words: Sequence[str]) -> None:
+    """Refuses what can be refused without composing: earlier forms, choices that no file of conf/ has.
+
+    Raises:
+        ValueError: with the override, and the new form or the near misses.
+    """
+    name = config_name.split("/")[-1]
+    for word in words:
+        for owner, begin, today in RENAMED:
+            if owner in (None, name) and word.startswith(begin):
+                raise ValueError(f"{word}: now written {today}")
+        group, _, value = word.lstrip("+").partition("=")
+        folder = CONF / group.split("@")[0]
+        if not value or not re.fullmatch(r"[\w/]+", folder.relative_to(CONF).as_posix()) or not folder.is_dir():
+            continue
+        files = {path.relative_to(folder).as_posix()[:-5] for path in folder.rglob("[!_]*.yaml")}
+        for choice in value.split(",") if {"-m", "--multirun"} & set(words) else [value]:
+            if choice not in files and choice != "null":
+                raise ValueError(f"{group}={choice}: no such {group}; {near(choice, sorted(files))}")
+            if group in ("experiment", "sweep"):
+                _check_fits(name, word, CONF / group / f"{choice}.yaml")
+
+
+def _check_fits(name: str, word: str, file: Path) -> None:
+    """An experiment is for the command in the comment on top of it; rg.evaluate takes the controls of rg.sample too."""
+    if not word.startswith("+"):
+        raise ValueError(f"{word}: now written +{word}")
+    found = re.search(r"^# (python -m \S*?(\w+) .*?)(?:\s{3,}|$)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    takes = {"evaluate": ("evaluate", "sample"), "cost": ("train", "sample", "evaluate", "cost")}.get(name, (name,))
+    if found and found[2] not in takes:
+        raise ValueError(f"{word}: is for another command: {found[1]}")
+
+
+def explain(config_name: str, error: Exception, words: Sequence[str]) -> str:
+    """What is wrong with overrides that do not compose, in one line."""
+    text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    if ambiguous := re.search(r"Ambiguous value for argument '(.*?)' 1\.", text):
+        key, _, value = ambiguous[1].partition("=")
+        return f"{ambiguous[1]}: a value with commas is quoted twice: '{key}=\"{value}\"'; in brackets it is a list"
+    if unknown := re.search(r"Could not override '([^']+)'", text):
+        return f"{unknown[1]}: no such setting; {near(unknown[1], _settings(config_name, words))}"
+    if missing := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{missing[1]}: not given, expected {missing[1]}=..."
+    if called := re.search(r"^Error in call to target '.*?\.?(\w+)': .*? full_key: (\S+)", text):
+        return f"{called[2]}: {called[1]}: {error.__cause__}"
+    return text
+
+
+def _settings(config_name: str, words: Sequence[str]) -> list[str]:
+    """Dotted names of all settings of a command with the choices of files in words."""
+    choices = [word for word in words if (CONF / word.lstrip("+").split("=")[0]).is_dir()]
+    return list(_flat(OmegaConf.to_container(compose_config(config_name, choices), resolve=False)))
+
+
+def _flat(node: Any, path: str = "") -> Iterator[str]:
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield f"{path}{key}"
+        yield from _flat(value, f"{path}{key}.")
+
+
+def answer_help() -> None:
+    """Prints what a command does and its settings, with the comments of its file, and exits; reads text alone."""
+    words = sys.orig_argv
+    module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
+    source = (CONF.parent / module.replace(".", "/")).with_suffix(".py")
+    code = source.read_text(encoding="utf-8") if module and source.is_file() else ""
+    found = re.search(r'^@command\("([\w/]+)"', code, re.MULTILINE)
+    if not found:
+        return
+    description = re.match(r'"""(.*?)"""', code, re.DOTALL)
+    lines = [description[1].strip() if description else module]
+    for name in _files(found[1]):
+        own = re.sub(r"^(# @package.*|name: .*|defaults:|  - .*)\n|^hydra:\n(.*\n)*", "", _text(name), flags=re.M)
+        lines += ["", f"conf/{name}.yaml", *(f"  {line}" for line in own.splitlines() if line)]
+    lines += ["", "choices, and the settings of the first"]
+    for group, choice in {**_choices(found[1]), "experiment": ""}.items():
+        names = sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
+        lines.append(f"  {group}={'|'.join(sorted(names, key=lambda name: name != choice))}")
+        lines += [f"    {group}.{key}={value}" for key, value in _plain(group, choice).items()]
+    lines += ["", "NAME=VALUE sets one, -m runs every combination of values with commas, --cfg job prints all of them."]
+    print("\n".join(lines))
+    raise SystemExit(0)
+
+
+def _plain(group: str, choice: str) -> dict[str, Any]:
+    """The numbers and words of a choice of a group, of its first level."""
+    files = [path for path in (CONF / group / "_base.yaml", CONF / group / f"{choice}.yaml") if path.is_file()]
+    values = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.load, files))) if files else {}
+    return {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, int | float | str) and key != "_target_" and "${" not in str(value)
+    }
+
+
+def _text(name: str) -> str:
+    return (CONF / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _files(name: str) -> list[str]:
+    """A configuration and those that it includes, all of conf/ itself."""
+    included = re.findall(r"^  - /?(\w+)$", _text(name), re.MULTILINE)
+    return [name, *(file for part in included if part != "_self_" for file in _files(part))]
+
+
+def _choices(name: str) -> dict[str, str]:
+    """Groups of a configuration, and which choice is the default."""
+    text = "".join(map(_text, _files(name)))
+    found = re.findall(r"^  - /?(\w+): (\w+)$", text, re.MULTILINE)
+    return {group: choice for group, choice in found if (CONF / group).is_dir()}
+
+
+def run_folder(name: str, overrides: str, resume: bool | str, chosen: dict[tuple[str, str], str] = _chosen) -> str:
     """<name>/<time>-<process>-<hash of overrides>, relative to outputs/.
 
     With resume=True it is the newest one with the same hash, with "unfinished" only if that has no results.json yet.
     The same run asks more than once while its configuration is resolved; it gets the same answer.
+
+    Args:
+        name: of the runs, such as pose_100.
+        overrides: the run's own, as Hydra joins them.
+        resume: true, false or "unfinished".
+        chosen: answers given so far in this process.
+
+    Raises:
+        ValueError: another resume.
     """
     if resume not in (True, False, "unfinished"):
         raise ValueError(f"resume: expected true, false or unfinished, got {resume!r}")
     key = (name, overrides)
-    if key not in _chosen:
+    if key not in chosen:
         code = hashlib.sha256(overrides.encode()).hexdigest()[:8]
         earlier = sorted((Path(OUTPUTS) / name).glob(f"*-{code}"))[-1:] if resume else []
         if resume == "unfinished":
             earlier = [folder for folder in earlier if not (folder / "results.json").exists()]
         fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{code}"
-        _chosen[key] = f"{name}/{earlier[0].name if earlier else fresh}"
-    return _chosen[key]
+        chosen[key] = f"{name}/{earlier[0].name if earlier else fresh}"
+    return chosen[key]
 
 
-OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
-
-
+OmegaConf.register_new_resolver("run_folder", lambda *asked: run_folder(*asked), replace=True)
 # W&B's id of a run follows from its folder: a resumed run continues its own charts.
 OmegaConf.register_new_resolver("run_id", lambda folder: "-".join(Path(folder).parts[-2:]), replace=True)
 
 
-def point_latest(run_dir: Path) -> None:
-    """Makes <run_dir>/../latest a link to run_dir, in one step."""
+def link_latest(run_dir: Path) -> None:
+    """Makes <run_dir>/../latest a link to run_dir, in one step; a real folder of that name is left alone."""
     link = run_dir.parent / "latest"
+    if link.is_dir() and not link.is_symlink():
+        print(f"{link} is a folder, not a link: it stays as it is", file=sys.stderr)
+        return
     temporary = run_dir.parent / f".latest-{os.getpid()}"
     temporary.symlink_to(run_dir.name)
     temporary.replace(link)
@@ -57,33 +285,15 @@ def point_latest(run_dir: Path) -> None:
 
 def quiet_libraries() -> None:
     """Keeps diffusers and transformers to errors: their bars and notices would drown the command's own lines."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
 
 
-def clear_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Ends a command with one line where input, files or numbers are bad, instead of a stack trace."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        quiet_libraries()
-        try:
-            return command(*args, **kwargs)
-        except Exception as error:
-            # Hydra wraps what a constructor raises in an exception of its own.
-            bad_input = next((e for e in (error, error.__cause__) if isinstance(e, BAD_INPUT)), None)
-            if bad_input is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
-                raise
-            raise SystemExit(f"error: {bad_input}") from None
-
-    return wrapped
-
-
-CONF = Path(__file__).parents[1] / "conf"
-
-
-def choose_head(choice: DictConfig, family: str) -> ReadoutHead:
+def load_configured_head(choice: DictConfig, family: str) -> "ReadoutHead":
     """The head of a command: `head.released`, one of the authors' by name or file, where it is given, else `head.path`,
     which `head.class` reads where that is a class of the user's own.
 
@@ -93,6 +303,8 @@ def choose_head(choice: DictConfig, family: str) -> ReadoutHead:
     Raises:
         FileNotFoundError, ValueError: see rg.heads.released.load and rg.heads.load_head.
     """
+    from rg.heads import load_head, released
+
     if choice.released is not None:
         return released.load(choice.released, family=family)
     return load_head(choice.path, choice["class"])

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.backbone.inversion import invert
-from rg.cli import clear_errors, point_latest
+from rg.cli import command, link_latest
 from rg.generation import generate, image_seeds, set_scheduler
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import ReferenceTarget
@@ -232,12 +231,11 @@ class Edit:
             save_image(image, self.run_dir / f"{number:05d}.png")
         grid = image_grid({name: (row + 1) / 2 for name, row in rows.items()}, side=128)
         save_figure(grid, self.run_dir / "grid.png")
-        point_latest(self.run_dir)
+        link_latest(self.run_dir)
         print(f"{self.run_dir}/grid.png")
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="edit")
-@clear_errors
+@command("edit", stopped="nothing is kept; the same command begins again")
 def main(cfg: DictConfig) -> None:
     """Samples into Hydra's run folder."""
     Edit(cfg, Path(HydraConfig.get().runtime.output_dir)).run()

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.cli import choose_head, clear_errors, point_latest
+from rg.cli import command, link_latest, load_configured_head
 from rg.data.samples import Samples
 from rg.data.shards import read_shards
 from rg.detectors.keypoints import Detection, KeypointDetector
@@ -37,15 +36,21 @@ from rg.report import CONDITIONS, distances_to, headline, score_images, summaris
 log = logging.getLogger(__name__)
 
 
+def check_settings(cfg: DictConfig) -> None:
+    """Raises ValueError for what can be refused before any work."""
+    check_alphas(cfg.alphas)
+    for name in ("images", "batch_size"):
+        if cfg[name] < 1:
+            raise ValueError(f"{name}: expected at least 1, got {cfg[name]}")
+
+
 class Evaluation:
     """Samples and scores the held-out poses, a file per image: a broken-off run goes on where it stopped."""
 
     def __init__(self, cfg: DictConfig, run_dir: Path) -> None:
-        check_alphas(cfg.alphas)
-        if cfg.images < 1:
-            raise ValueError(f"images: expected at least 1, got {cfg.images}")
+        check_settings(cfg)
         self.cfg, self.run_dir = cfg, run_dir
-        self.head: ReadoutHead = choose_head(cfg.head, cfg.world.family)
+        self.head: ReadoutHead = load_configured_head(cfg.head, cfg.world.family)
         self.backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
         self.head.check_taps(self.backbone.tap_channels, self.backbone.time_embed_dim, self.backbone.condition_dim)
         self.head.to(self.backbone.device)
@@ -149,13 +154,12 @@ class Evaluation:
 def evaluate(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     """Runs the evaluation that `cfg` describes in run_dir, prints the table, and points `latest` at it."""
     results = Evaluation(cfg, run_dir).run()
-    point_latest(run_dir)
+    link_latest(run_dir)
     print(table(results) + f"\n{run_dir}/grid.png\n{run_dir}/results.json")
     return results
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
-@clear_errors
+@command("evaluate", stopped="finished images are kept; the same command goes on")
 def main(cfg: DictConfig) -> float:
     """Evaluates one head; returns guided PCK at the largest alpha, for Hydra's sweepers."""
     return headline(evaluate(cfg, Path(HydraConfig.get().runtime.output_dir)))

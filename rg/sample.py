@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.cli import choose_head, clear_errors, point_latest
+from rg.cli import command, link_latest, load_configured_head
 from rg.data.shards import read_shards
 from rg.generation import generate, image_seeds, set_scheduler
 from rg.guidance.guidance import GuidanceTerm
@@ -45,7 +44,7 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
     """Writes guided images and grid.png into run_dir; returns the images (B, 3, H, W) in [-1, 1]."""
     if cfg.images < 1:
         raise ValueError(f"images: expected at least 1, got {cfg.images}")
-    head = choose_head(cfg.head, cfg.world.family)
+    head = load_configured_head(cfg.head, cfg.world.family)
     backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
     head.check_taps(backbone.tap_channels, backbone.time_embed_dim, backbone.condition_dim)
     head.to(backbone.device)
@@ -65,7 +64,7 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
     for number, image in enumerate(guided):
         save_image(image, run_dir / f"{number:05d}.png")
     save_figure(image_grid(rows, side=128), run_dir / "grid.png")
-    point_latest(run_dir)
+    link_latest(run_dir)
     energies = [float(step.energy.mean()) for step in guidance.trace]
     if energies:
         log.info("mean energy: %.4f at the first guided step, %.4f at the last", energies[0], energies[-1])
@@ -73,8 +72,7 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
     return guided
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="sample")
-@clear_errors
+@command("sample", stopped="nothing is kept; the same command begins again")
 def main(cfg: DictConfig) -> None:
     """Samples into Hydra's run folder."""
     sample(cfg, Path(HydraConfig.get().runtime.output_dir))

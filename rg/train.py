@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import seed_everything
@@ -11,7 +10,7 @@ from omegaconf import DictConfig
 
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.callbacks import finish_wandb
-from rg.cli import clear_errors, point_latest
+from rg.cli import command, link_latest
 from rg.heads.base import ReadoutHead
 
 log = logging.getLogger(__name__)
@@ -34,18 +33,21 @@ def train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
         trainer.fit(head, data, ckpt_path=str(checkpoint) if checkpoint.is_file() else None, weights_only=True)
         if trainer.global_step % (data.epoch_batches * (trainer.check_val_every_n_epoch or 1)):
             trainer.validate(head, data, verbose=False)  # the last steps are not left without a score
+    except SystemExit:
+        if trainer.interrupted:  # Lightning's answer to Ctrl-C is to exit with 1
+            raise KeyboardInterrupt from None
+        raise
     finally:
         finish_wandb(trainer)
     trainer.save_checkpoint(checkpoint, weights_only=False)
     if trainer.is_global_zero:
         head.save_pretrained(run_dir / "head")
-        point_latest(run_dir)
+        link_latest(run_dir)
         log.info("head: %s", run_dir / "head")
     return head
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
-@clear_errors
+@command("train", stopped="the same command with resume=true goes on")
 def main(cfg: DictConfig) -> None:
     """Trains in Hydra's run folder."""
     train(cfg, Path(HydraConfig.get().runtime.output_dir))

@@ -34,7 +34,10 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
 }
 # package: the only files that may import it.
 ONLY_IN = {
-    "hydra": ("rg/train.py", "rg/sample.py", "rg/evaluate.py", "rg/edit.py", "data_prep/prepare.py", "experiments/*"),
+    "hydra": (
+        *("rg/cli.py", "rg/train.py", "rg/sample.py", "rg/evaluate.py", "rg/edit.py"),
+        *("data_prep/prepare.py", "experiments/*"),
+    ),
     "wandb": ("rg/callbacks.py",),
     "matplotlib": ("rg/io/figures.py",),
     "rg.train": ("experiments/*",),

@@ -60,15 +60,14 @@ def anchors(page: str) -> set[str]:
 
 
 def config_name(module: str) -> str:
-    """The config of a module's Hydra command, read from its source."""
+    """The config of a module's command, read from its source."""
     path = ROOT / f"{module.replace('.', '/')}.py"
     assert path.is_file(), f"no module {module}"
     functions = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)]
-    decorators = [decorator for function in functions for decorator in function.decorator_list]
-    for node in (node for decorator in decorators for node in ast.walk(decorator)):
-        if isinstance(node, ast.keyword) and node.arg == "config_name" and isinstance(node.value, ast.Constant):
-            return node.value.value
-    raise AssertionError(f"expected a Hydra command with a config_name in {module}, found none")
+    for node in (decorator for function in functions for decorator in function.decorator_list):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "command":
+            return ast.literal_eval(node.args[0])
+    raise AssertionError(f"expected @command(...) in {module}, found none")
 
 
 def jobs(overrides: list[str]) -> Iterator[list[str]]:

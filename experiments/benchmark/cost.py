@@ -9,7 +9,6 @@ of kernels and libraries comes on top. Disk is an upper bound: images are taken 
 
 from typing import Any
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +19,7 @@ from experiments.benchmark.counting import Counted, count
 from experiments.benchmark.speed import peak_memory
 from experiments.benchmark.workloads import Bench, Settings, clock, per_call, training_speed
 from rg.backbone.loading import PRECISIONS
-from rg.cli import CONF, clear_errors
+from rg.cli import command
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.heads.base import ReadoutHead
 
@@ -125,8 +124,7 @@ def check(cfg: DictConfig, cost: dict[str, float], rate: float, update: str, dev
     ]
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="cost")
-@clear_errors
+@command("cost")
 def main(cfg: DictConfig) -> None:
     """Prints the sheet."""
     if cfg.job not in JOBS:

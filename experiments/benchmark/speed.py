@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -21,7 +20,7 @@ from experiments.benchmark.architectures import UNETS, count_parameters, make_un
 from experiments.benchmark.counting import counted_passes, flop_counter
 from experiments.benchmark.workloads import PLAIN, TASKS, Bench, Settings, clock, head_speed, modes_of, training_speed
 from rg.backbone.loading import PRECISIONS
-from rg.cli import CONF, clear_errors, point_latest, quiet_libraries
+from rg.cli import command, link_latest, quiet_libraries
 from rg.io.files import write_json
 
 # What a model takes beside its U-Net's weights: autoencoder, head, activations, libraries.
@@ -180,14 +179,13 @@ def benchmark(cfg: DictConfig, run_dir: Path, command: str) -> dict[str, Any]:
     return results
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="benchmark")
-@clear_errors
+@command("experiments/benchmark")
 def main(cfg: DictConfig) -> None:
     """Times and measures, prints results.json, and points `latest` at it."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     command = shlex.join(["python", "-m", "experiments.benchmark.speed", *sys.argv[1:]])
     print(json.dumps(benchmark(cfg, run_dir, command), indent=1))
-    point_latest(run_dir)
+    link_latest(run_dir)
 
 
 if __name__ == "__main__":

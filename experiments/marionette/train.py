@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from diffusers import StableDiffusionPipeline
 from hydra import compose
@@ -19,7 +18,7 @@ from experiments.marionette.autoencoder import train_autoencoder
 from experiments.marionette.denoiser import train_denoiser
 from experiments.marionette.record import NOTES, Outcome, is_done, read_settings, write_note, write_record
 from experiments.marionette.renders import Renders, load_renders, world_id
-from rg.cli import CONF, clear_errors, quiet_libraries
+from rg.cli import command, quiet_libraries
 from rg.io.files import fingerprint
 from rg.models import locate
 
@@ -27,9 +26,9 @@ MODULE = "experiments.marionette.train"
 STAGES = ("autoencoder", "unet", "detector", "classifier", "card")
 # Stages that are commands of their own, by the module and the config of one name.
 COMMANDS = {
-    "detector": ("experiments.marionette.judges.detector", "train_detector"),
-    "classifier": ("experiments.marionette.judges.classifier", "train_classifier"),
-    "card": ("experiments.marionette.card.measure", "marionette_card"),
+    "detector": ("experiments.marionette.judges.detector", "experiments/marionette_detector"),
+    "classifier": ("experiments.marionette.judges.classifier", "experiments/marionette_classifier"),
+    "card": ("experiments.marionette.card.measure", "experiments/marionette_card"),
 }
 
 
@@ -95,7 +94,7 @@ def run(settings: dict[str, Any], command: str) -> bool:
     """Runs the asked-for stages in order, each from where it was left; folder/record.json says what they took.
 
     Args:
-        settings: as of conf/train_marionette.yaml.
+        settings: as of conf/experiments/marionette_train.yaml.
         command: what the record calls this run.
 
     Returns:
@@ -129,8 +128,7 @@ def run(settings: dict[str, Any], command: str) -> bool:
     return outcome != "not done yet"
 
 
-@hydra.main(config_path=str(CONF), config_name="train_marionette", version_base="1.3")
-@clear_errors
+@command("experiments/marionette_train")
 def main(config: DictConfig) -> None:
     """Runs the training with the configuration of the command line."""
     words = [word for word in HydraConfig.get().overrides.task if word.split("=")[0] not in ("stage", "max_minutes")]

@@ -1,15 +1,15 @@
-"""What the remaining errors of a guided evaluation are: python -m experiments.quality.errors outputs/eval_pck/latest
+"""What a guided evaluation still gets wrong: python -m experiments.quality.errors run=outputs/eval_pck/latest
 
 Needs the run's samples and the shards that it was evaluated on.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 
-from rg.cli import clear_errors
+from rg.cli import command
 from rg.data.shards import read_shards
 from rg.detectors.keypoints import MIRROR
 from rg.io.files import write_text
@@ -17,7 +17,7 @@ from rg.metrics.keypoints import box_side
 from rg.points import KEYPOINTS
 
 
-def limits(run_dir: Path, alpha: float = 0.1) -> str:
+def errors(run_dir: Path, alpha: float = 0.1) -> str:
     """Markdown: errors that swapping left and right would mend, failed images, and PCK@alpha by keypoint."""
     settings = json.loads((run_dir / "settings.json").read_text())["settings"]
     records = [json.loads(path.read_text()) for path in sorted((run_dir / "samples").glob("*.json"))]
@@ -49,12 +49,16 @@ def limits(run_dir: Path, alpha: float = 0.1) -> str:
     return "\n".join(lines) + "\n"
 
 
-@clear_errors
-def main() -> None:
-    """Prints the text for the run folder given, and writes limits.md there."""
-    run_dir = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/eval_pck/latest")
-    text = limits(run_dir)
-    write_text(run_dir / "limits.md", text)
+@command("experiments/errors")
+def main(cfg: DictConfig) -> None:
+    """Prints the text for the run folder given, and writes errors.md there."""
+    run_dir = Path(cfg.run)
+    if not (run_dir / "settings.json").is_file():
+        raise FileNotFoundError(
+            f"run: expected the folder of an evaluation, with settings.json, found none in {run_dir}"
+        )
+    text = errors(run_dir, cfg.alpha)
+    write_text(run_dir / "errors.md", text)
     print(text)
 
 

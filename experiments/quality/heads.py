@@ -1,32 +1,29 @@
-"""How well heads read held-out images, beside a baseline: python -m experiments.quality.heads pose_8k5 depth edge
+"""How well heads read held-out images, beside a baseline: python -m experiments.quality.heads heads=[pose_8k5,depth]
 
-Each name is an experiment whose head ships, or NAME=FOLDER for the head in a folder. Their data's split "test" is made
-where it is missing; nothing else uses it. What is found joins experiments/results/readouts.json and is printed.
+Their data's split "test" is made where it is missing; nothing else uses it. What is found joins
+experiments/results/readouts.json and is printed.
 """
 
-import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig
 
 from experiments.quality.relative import relative_estimates
 from experiments.quality.spatial import spatial_estimates
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.cli import CONF, clear_errors
+from rg.cli import command, compose_config
 from rg.data.shards import read_shards
 from rg.heads import load_head
 from rg.heads.base import ReadoutHead
 from rg.heads.relative import RelativeHead
 from rg.io.files import write_json
-
-RESULTS = Path(__file__).parents[1] / "results" / "readouts.json"
 
 
 def read_results(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -46,8 +43,7 @@ def read_results(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 def estimate(name: str, head: ReadoutHead, world: str, images: int) -> dict[str, dict[str, Any]]:
     """Scores of a head on the first `images` test samples of the data of experiment `name`."""
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        cfg = compose("train", [f"+experiment={name}", f"world={world}"])
+    cfg = compose_config("train", [f"+experiment={name}", f"world={world}"])
     backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
     head.attach_backbone(backbone).to(backbone.device)
     instantiate(cfg.data.builder)(split="test", n=images)
@@ -71,31 +67,28 @@ def tables(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(parts)
 
 
-def run(names: Sequence[str], world: str, images: int, out: Path, command: str) -> str:
-    """Scores the heads one after the other; each joins `out` when it is done. Returns their tables."""
+def run(folders: Mapping[str, str | Path], world: str, images: int, out: Path, command_line: str) -> str:
+    """Scores heads, experiment -> folder or shipped name; each joins `out` when it is done. Returns their tables."""
     results = read_results(out)
     # Every head is loaded before the first is measured: what is missing is said at once.
-    heads = {name.split("=")[0]: load_head(name.split("=")[-1]) for name in names}
+    heads = {name: load_head(folder) for name, folder in folders.items()}
     for name, head in heads.items():
         found = estimate(name, head, world, images)
-        results[name] = {metric: {**value, "command": command} for metric, value in found.items()}
+        results[name] = {metric: {**value, "command": command_line} for metric, value in found.items()}
         write_json(out, results)
     return tables({name: results[name] for name in heads})
 
 
-@clear_errors
-def main() -> None:
+@command("experiments/heads")
+def main(cfg: DictConfig) -> None:
     """Measures the heads named and prints their tables."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.quality.heads", description=__doc__)
-    parser.add_argument("heads", nargs="+", metavar="NAME[=FOLDER]")
-    parser.add_argument("--world", default="marionette")
-    parser.add_argument("--images", type=int, default=256, help="held-out samples of each head's data")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    if arguments.images < 2:
-        parser.error(f"--images: expected at least 2, got {arguments.images}")
-    command = shlex.join(["python", "-m", "experiments.quality.heads", *sys.argv[1:]])
-    print(run(arguments.heads, arguments.world, arguments.images, arguments.out, command))
+    if not isinstance(cfg.heads, DictConfig | ListConfig):
+        raise ValueError(f"heads: expected [pose_8k5,...] or {{pose_100: folder,...}}, got {cfg.heads!r}")
+    if cfg.images < 2:
+        raise ValueError(f"images: expected at least 2, got {cfg.images}")
+    folders = dict(cfg.heads) if isinstance(cfg.heads, DictConfig) else {name: name for name in cfg.heads}
+    command_line = shlex.join(["python", "-m", "experiments.quality.heads", *sys.argv[1:]])
+    print(run(folders, cfg.world, cfg.images, Path(cfg.out), command_line))
 
 
 if __name__ == "__main__":

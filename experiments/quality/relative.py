@@ -1,14 +1,10 @@
-"""What a relative head reads on held-out groups, beside the raw features of the model:
-
-python -m experiments.quality.relative outputs/correspondence/latest/head data/marionette_correspondence/test
+"""What a relative head reads on held-out groups, beside the raw features of the model.
 
 Correspondence: PCK@0.1 of nearest neighbours. Appearance and identity: how often the positive is nearer than a
 negative, and the equal error rates of telling the same from another by the distance.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_eer
 
-from rg.backbone.diffusion import DiffusionBackbone
-from rg.cli import clear_errors
 from rg.data.samples import Batch, Groups
-from rg.data.shards import read_shards
-from rg.heads import load_head
 from rg.heads.appearance import AppearanceHead
 from rg.heads.correspondence import ALPHAS, CorrespondenceHead, pair_pck
 from rg.heads.relative import RelativeHead
-from rg.io.files import write_text
 from rg.metrics.statistics import Estimate, by_resampling, of_mean
 
 TURNED = 20.0  # degrees from which on a head counts as turned out of the plane
@@ -130,49 +121,3 @@ def _error_rate(near: Tensor, far: Tensor) -> float:
     """Equal error rate of telling distances near (N,) from far (N,)."""
     labels = torch.cat([torch.zeros_like(near), torch.ones_like(far)]).long()
     return float(binary_eer(torch.cat([near, far]), labels))
-
-
-def quality(head: RelativeHead, folder: Path) -> str:
-    """Markdown: one table per score; rows are the head, the raw features side by side, and the best of them alone.
-
-    The best single tap is chosen by the very numbers that are shown, which flatters it.
-    """
-    samples = read_shards(folder, autoencoder_id=head.backbone.autoencoder_id)
-    tables: dict[str, dict[str, list[str]]] = {}
-    for timestep in head.hparams.val_timesteps:
-        numbers = {row: summarise(values) for row, values in measure(head, samples, timestep).items()}
-        for name in numbers["head"]:
-            single = {row: values[name] for row, values in numbers.items() if row.startswith("raw tap")}
-            best = (min if "error" in name else max)(single, key=single.__getitem__)
-            table = tables.setdefault(name, {"head": [], "all raw taps": [], "best raw tap": []})
-            for row in ("head", "all raw taps"):
-                table[row].append(f"{numbers[row][name]:.3f}")
-            table["best raw tap"].append(f"{single[best]:.3f} ({best.removeprefix('raw ')})")
-    return "\n".join(_markdown(name, rows, head.hparams.val_timesteps, len(samples)) for name, rows in tables.items())
-
-
-def _markdown(name: str, rows: dict[str, list[str]], timesteps: list[int], count: int) -> str:
-    header = f"| {name}, {count} groups | " + " | ".join(f"t = {t}" for t in timesteps) + " |"
-    lines = [f"| {row} | " + " | ".join(cells) + " |" for row, cells in rows.items()]
-    return "\n".join([header, "|---" * (len(timesteps) + 1) + "|", *lines]) + "\n"
-
-
-@clear_errors
-def main() -> None:
-    """Prints the tables, and writes them beside the head as quality.md."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.quality.relative", description=__doc__)
-    parser.add_argument("head", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--backbone", default="marionette", help="see world.backbone.path")
-    arguments = parser.parse_args()
-    head = load_head(arguments.head)
-    if not isinstance(head, RelativeHead):
-        raise ValueError(f"head={arguments.head}: expected a relative head, found a {type(head).__name__}")
-    head.attach_backbone(DiffusionBackbone.from_pretrained(arguments.backbone, device="cpu"))
-    text = quality(head, arguments.data)
-    write_text(arguments.head / "quality.md", text)
-    print(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,39 +3,39 @@
 A head with random weights must not help; four images of one batch with four targets must each end nearest to their own.
 """
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from torch import Tensor
 
-from rg.cli import CONF, OUTPUTS, clear_errors
+from rg.cli import command, load_configured_head
 from rg.data.shards import read_shards
 from rg.generation import generate, set_scheduler
 from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import FixedTarget
-from rg.heads import load_head
+from rg.heads.base import ReadoutHead
 from rg.io.files import write_json
 from rg.metrics.keypoints import box_side, pck
 from rg.metrics.statistics import paired_gain
 
 
-class Controls:
+class Checks:
     """The world's model, detector and held-out poses, as the evaluation's configuration names them."""
 
-    def __init__(self, overrides: list[str], images: int) -> None:
-        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-            self.cfg = compose(config_name="evaluate", overrides=[*overrides, "run_dir=."])
+    def __init__(self, cfg: DictConfig, images: int) -> None:
+        self.cfg = cfg
         self.backbone = instantiate(self.cfg.world.backbone)
         self.detector = instantiate(self.cfg.world.detector)
-        self.head = load_head(self.cfg.head.path).to(self.backbone.device)
+        self.head = load_configured_head(cfg.head, cfg.world.family).to(self.backbone.device)
         instantiate(self.cfg.data.builder)(split=self.cfg.split, n=images)
         self.samples = read_shards(Path(self.cfg.data.root) / self.cfg.split, images)
 
-    def poses(self, head: Any, keypoints: Tensor | None) -> Tensor:
+    def poses(self, head: ReadoutHead, keypoints: Tensor | None) -> Tensor:
         """Detected poses (B, 18, 2) of images guided towards keypoints (B, 1, 18, 3); None samples plainly."""
         guidance = None
         if keypoints is not None:
@@ -70,16 +70,15 @@ class Controls:
         return {"scheduler": scheduler, "distance": distance.tolist(), "nearest": nearest, "all_own": own}
 
 
-@clear_errors
-def main() -> None:
-    """Runs both checks and writes outputs/controls/results.json."""
-    overrides = sys.argv[1:]
+@command("sanity")
+def main(cfg: DictConfig) -> None:
+    """Runs both checks and writes outputs/sanity/results.json."""
     results = {
-        "random_head": Controls(overrides, 64).random_head(),
-        "own_target": Controls(overrides, 4).own_target(),
-        "command": " ".join(["python -m experiments.quality.sanity", *overrides]),
+        "random_head": Checks(cfg, cfg.images).random_head(),
+        "own_target": Checks(cfg, cfg.together).own_target(),
+        "command": shlex.join(["python", "-m", "experiments.quality.sanity", *sys.argv[1:]]),
     }
-    write_json(Path(OUTPUTS) / "controls" / "results.json", results)
+    write_json(Path(cfg.run_dir) / "results.json", results)
     print(results)
 
 

@@ -1,15 +1,15 @@
 """Puts a trained head among the shipped ones, with a card from the run's own record.
 
-python -m experiments.quality.ship outputs/pose_8k5/latest pose_8k5
+python -m experiments.quality.ship run=outputs/pose_8k5/latest name=pose_8k5
 """
 
 import csv
-import sys
 from pathlib import Path
 
 import yaml
+from omegaconf import DictConfig
 
-from rg.cli import clear_errors
+from rg.cli import command
 from rg.heads import load_head
 from rg.heads.relative import RelativeHead
 from rg.io.files import write_text
@@ -65,12 +65,10 @@ def ship(run_dir: Path, name: str, models: Path = MODELS) -> Path:
     return folder
 
 
-@clear_errors
-def main() -> None:
+@command("experiments/ship")
+def main(cfg: DictConfig) -> None:
     """Ships the head of the run folder given, under the name given."""
-    if len(sys.argv) != 3:
-        raise SystemExit(__doc__)
-    print(ship(Path(sys.argv[1]), sys.argv[2]))
+    print(ship(Path(cfg.run), cfg.name, Path(cfg.models or MODELS)))
 
 
 if __name__ == "__main__":

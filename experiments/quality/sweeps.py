@@ -1,15 +1,18 @@
-"""A table of a sweep's trainings, seeds averaged: python -m experiments.quality.sweeps outputs/sweep_dataset_size"""
+"""A sweep of trainings, seeds averaged, or of evaluations as a table:
+
+python -m experiments.quality.sweeps run=outputs/sweep_dataset_size
+"""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import yaml
+from omegaconf import DictConfig
 
 from experiments.quality.ship import final_scores
-from rg.cli import clear_errors
+from rg.cli import command
 from rg.io.files import write_text
 from rg.metrics.statistics import of_mean
 
@@ -58,22 +61,7 @@ def _cells(rows: Sequence[Sequence[float]]) -> list[str]:
     return [f"{e.ours:.3f} ± {e.high - e.ours:.3f}" for e in estimates]
 
 
-@clear_errors
-def main() -> None:
-    """Prints the tables of the folder given, and writes them there."""
-    if len(sys.argv) != 2:
-        raise SystemExit(__doc__)
-    folder = Path(sys.argv[1])
-    content = training_table(folder)
-    write_text(folder / "table.md", content)
-    print(content + f"\n{folder / 'table.md'}")
-
-
-if __name__ == "__main__":
-    main()
-
-
-def sweep_table(folder: Path) -> str:
+def evaluation_table(folder: Path) -> str:
     """One row per finished run below `folder`: its overrides, PCK at every alpha, detector confidence.
 
     Raises:
@@ -106,9 +94,14 @@ def sweep_table(folder: Path) -> str:
     return f"In common: {' '.join(sorted(common)) or 'nothing'}\n\n" + "\n".join(lines) + "\n"
 
 
-def main_of_sweep() -> None:
-    """Prints the table of the folder given, and writes it there."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/sweep_guidance")
-    content = sweep_table(folder)
+@command("experiments/sweeps")
+def main(cfg: DictConfig) -> None:
+    """Prints the tables of the folder given, and writes them there."""
+    folder = Path(cfg.run)
+    content = (evaluation_table if any(folder.glob("*/results.json")) else training_table)(folder)
     write_text(folder / "table.md", content)
     print(content + f"\n{folder / 'table.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,8 @@ def training(root: Path) -> Callable[..., dict[str, Any]]:
     def build(folder: Path, *overrides: str) -> dict[str, Any]:
         places = [f"folder={folder}/work", f"export={folder}/models"]
         with initialize_config_dir(config_dir=str(root / "conf"), version_base="1.3"):
-            return OmegaConf.to_container(compose("train_marionette", [*TINY, *places, *overrides]), resolve=True)
+            return OmegaConf.to_container(
+                compose("experiments/marionette_train", [*TINY, *places, *overrides]), resolve=True
+            )
 
     return build

@@ -1,25 +1,26 @@
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from rg import cli as runs
-from rg.cli import clear_errors, point_latest, run_folder
+from rg.cli import CONF, check_overrides, explain, link_latest, one_line_errors, run_folder
 
 
 @pytest.fixture(autouse=True)
-def in_a_fresh_process(tmp_path, monkeypatch):
+def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "_chosen", {})
 
 
 def ask_again(*arguments):
     """Asks as another process would: without memory of what was chosen before."""
-    runs._chosen.clear()
-    return run_folder(*arguments)
+    return run_folder(*arguments, chosen={})
 
 
 def make_run(folder, *, finished=False):
@@ -86,43 +87,136 @@ def test_latest_points_to_the_newest_run(tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "table.md").write_text(name)
-        point_latest(tmp_path / name)
+        link_latest(tmp_path / name)
         assert (tmp_path / "latest" / "table.md").read_text() == name
     assert os.readlink(tmp_path / "latest") == "second"  # noqa: PTH115  relative: the folder may be moved
     assert {path.name for path in tmp_path.iterdir()} == {"first", "second", "latest"}
 
 
+def test_a_folder_called_latest_is_left_alone(tmp_path, capsys):
+    for name in ("latest", "first"):
+        (tmp_path / name).mkdir()
+    link_latest(tmp_path / "first")
+    assert not (tmp_path / "latest").is_symlink() and f"{tmp_path}/latest" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, FloatingPointError])
-def test_bad_input_ends_a_command_with_one_line(kind, monkeypatch):
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+def raises(error):
+    def function():
+        raise error
 
-    @clear_errors
-    def command(word):
-        raise kind(f"size={word}: expected 1")
+    return function
 
+
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, FloatingPointError])
+def test_bad_input_ends_a_command_with_one_line(kind):
+    error = kind("size=0: expected 1")
     with pytest.raises(SystemExit, match="^error: size=0: expected 1$"):
-        command("0")
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        one_line_errors(raises(error))()
     with pytest.raises(kind):
-        command("0")
+        one_line_errors(raises(error), stack=True)()
 
 
-def test_what_a_constructor_says_is_heard_through_hydra(monkeypatch):
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-    @clear_errors
+def test_what_a_constructor_says_is_heard_through_hydra():
+    @one_line_errors
     def command():
         instantiate({"_target_": "rg.metrics.keypoints.PCK", "alphas": [2.0]})
 
-    with pytest.raises(SystemExit, match=r"^error: expected alphas in \(0, 1\)"):
+    with pytest.raises(SystemExit, match=r"^error: alphas: .*\(0, 1\).*\[2\.0\]"):
         command()
 
 
 def test_our_own_mistakes_keep_their_stack():
-    @clear_errors
+    @one_line_errors
     def command():
         raise TypeError("mistake")
 
     with pytest.raises(TypeError):
         command()
-    assert clear_errors(lambda word: word)("returned") == "returned"
+    assert one_line_errors(lambda word: word)("returned") == "returned"
+
+
+@pytest.mark.parametrize(
+    ("config", "word", "parts"),
+    [
+        ("train", "world=sd3", ["world=sd3", "sdxl", "sd21"]),
+        ("train", "data=poze", ["data=poze", "pose"]),
+        ("train", "+experiment=pose_10", ["experiment=pose_10", "pose_100", "pose_1k"]),
+        ("train", "experiment=pose_100", ["+experiment=pose_100"]),
+        ("sample", "+experiment=pose_100", ["+experiment=pose_100", "python -m rg.train"]),
+        ("train", "recipe@data.builder=folder_pose", ["pictures=folder", "pictures.path", "pictures.labels"]),
+        ("edit", "heads=[appearance]", ["terms=[appearance]"]),
+        ("prepare", "root=my/data", ["data.builder.root"]),
+        ("experiments/benchmark", "sizes=tpu", ["sizes=tpu", "cpu", "gpu"]),
+    ],
+)
+def test_a_word_that_cannot_be_is_answered_with_what_can(config, word, parts):
+    with pytest.raises(ValueError) as caught:
+        check_overrides(config, ["seed=1", word])
+    assert not [part for part in parts if part not in str(caught.value)], caught.value
+
+
+def test_words_that_can_be_are_left_to_hydra():
+    check_overrides("train", ["world=sdxl", "+experiment=pose_100", "data.size=3", "pictures=folder", "logger=null"])
+    check_overrides("train", ["-m", "+experiment=pose_100,pose_1k"])
+    check_overrides("evaluate", ["+experiment=pose_control"])
+    check_overrides("cost", ["+experiment=pose_control", "world=sdxl"])
+
+
+def test_an_unknown_setting_is_answered_with_near_ones():
+    error = ValueError("Could not override 'data.sise'.")
+    text = explain("train", error, ["data.sise=3", "data=depth"])
+    assert "data.sise" in text and "data.size" in text
+
+
+COMMANDS = sorted(
+    path.relative_to(CONF.parent).with_suffix("").as_posix().replace("/", ".")
+    for package in ("rg", "data_prep", "experiments")
+    for path in (CONF.parent / package).rglob("*.py")
+    if re.search(r"^@command\(", path.read_text(), re.MULTILINE)
+)
+CODE = """
+import signal, sys
+from rg.cli import command
+@command("experiments/ship", stopped="two shards are kept")
+def main(cfg):
+    print("works", flush=True)
+    signal.pause()
+main()
+"""
+
+
+def run(*words):
+    return subprocess.run([sys.executable, *words], cwd=CONF.parent, capture_output=True, text=True, check=False)
+
+
+def test_every_command_answers_help_without_torch():
+    assert {"rg.train", "data_prep.prepare", "experiments.quality.heads"} <= set(COMMANDS)
+    for module in COMMANDS:
+        found = run("-X", "importtime", "-m", module, "--help")
+        assert found.returncode == 0 and f"python -m {module}" in found.stdout, found
+        assert "| torch" not in found.stderr and "| numpy" not in found.stderr, module
+    text = run("-m", "rg.train", "--help").stdout
+    assert "world=marionette|pixart" in text and "data.batch_size=" in text
+
+
+def test_mistakes_on_the_command_line_are_one_line():
+    for words, parts in (
+        (["data.sise=3"], ["data.sise", "data.size"]),
+        (["world=sd3"], ["world=sd3", "sdxl"]),
+        (["data.size=1,2"], ["data.size=1,2"]),
+    ):
+        found = run("-m", "rg.train", *words)
+        assert found.returncode == 1 and len(found.stderr.splitlines()) == 1, found
+        assert not [part for part in parts if part not in found.stderr], found.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_command_says_what_is_kept(number):
+    command = [sys.executable, "-c", CODE, "run=x", "name=y"]
+    process = subprocess.Popen(command, cwd=CONF.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "works\n"
+    time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == "\nstopped: two shards are kept\n"

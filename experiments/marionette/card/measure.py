@@ -11,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hydra
 import numpy as np
 import torch
 from numpy.random import SeedSequence, default_rng
@@ -26,7 +25,7 @@ from data_prep.marionette.vocabulary import COLORS, HAIRS, UNSEEN_PAIRS
 from experiments.marionette.card.scores import both, distances, fidelity, flips, psnr, share, whole
 from experiments.marionette.card.text import card_text, contact_sheet
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.cli import CONF, clear_errors
+from rg.cli import command
 from rg.detectors.attributes import AttributeClassifier
 from rg.detectors.keypoints import Detection, KeypointDetector
 from rg.generation import generate, image_seeds
@@ -39,7 +38,7 @@ class Card:
     """The embedded model, its judges, and every figure of the card.
 
     Args:
-        settings: as of conf/marionette_card.yaml.
+        settings: as of conf/experiments/marionette_card.yaml.
 
     Raises:
         ValueError: the scale is not among the scales.
@@ -147,7 +146,7 @@ def run(settings: Mapping[str, Any], command: str) -> str:
     """Measures the model, writes results, contact sheet and card, and returns the card.
 
     Args:
-        settings: as of conf/marionette_card.yaml, plain values.
+        settings: as of conf/experiments/marionette_card.yaml, plain values.
         command: what the card says it was made by.
     """
     results, sheet = Card(settings).results()
@@ -156,17 +155,16 @@ def run(settings: Mapping[str, Any], command: str) -> str:
     results["training"] = read_json(settings["record"])
     write_json(Path(settings["results"]), results)
     contact_sheet(sheet, Path(settings["sheet"]))
-    text = card_text(results, read_json(settings["former"]))
+    text = card_text(results)
     write_text(Path(settings["card"]), text)
     return text
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="marionette_card")
-@clear_errors
+@command("experiments/marionette_card")
 def main(cfg: DictConfig) -> None:
     """Makes the card with the settings of the command line and prints it."""
-    command = shlex.join(["python", "-m", "experiments.marionette.card.measure", *sys.argv[1:]])
-    print(run(OmegaConf.to_container(cfg, resolve=True), command))
+    command_line = shlex.join(["python", "-m", "experiments.marionette.card.measure", *sys.argv[1:]])
+    print(run(OmegaConf.to_container(cfg, resolve=True), command_line))
 
 
 if __name__ == "__main__":

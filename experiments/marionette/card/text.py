@@ -86,20 +86,7 @@ def words_text(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def former_text(results: dict[str, Any], former: dict[str, Any] | None) -> list[str]:
-    """The former model's figures beside this one's; nothing without them."""
-    if not former:
-        return []
-    method = _wrap(
-        f"Each in its own world, by its own detector (the former: `{former['command']}` at {former['commit']},",
-        f"{former['samples']} samples of {former['steps']} steps): only figures relative to the ceiling compare. The",
-        "former's colours are read by a small network from the pixels at the detected joints; that has a ceiling of",
-        "its own.",
-    )
-    return ["## Beside the former model", method, former_table(results, former)]
-
-
-def card_text(results: dict[str, Any], former: dict[str, Any] | None) -> str:
+def card_text(results: dict[str, Any]) -> str:
     """The model card."""
     cfg, counts, timing = results["settings"], results["parameters"], results["latency"][0]
     sizes = ", ".join(f"{name.replace('_', ' ')} {count / 1e6:.2f} million" for name, count in counts.items())
@@ -118,7 +105,7 @@ def card_text(results: dict[str, Any], former: dict[str, Any] | None) -> str:
         f"picked; the prompts are in `{cfg['results']}`.",
     )
     parts = ["# marionette", what, *training_text(results["training"]), measured_text(results), words_text(results)]
-    parts += ["### Cost", cost, *former_text(results, former), "## Contact sheet", sheet]
+    parts += ["### Cost", cost, "## Contact sheet", sheet]
     return "\n\n".join(parts) + "\n"
 
 
@@ -190,29 +177,6 @@ def changed_table(results: dict[str, Any]) -> str:
     ]
     header = ["word", "it flips", "nothing else does", "both at once"]
     return table([*header, *(f"ceiling: {key}" for key in header[1:])], rows)
-
-
-def former_table(results: dict[str, Any], former: dict[str, Any]) -> str:
-    """The figures that the former model has too, each beside its own ceiling."""
-    rows = []
-    scales = [name for name in _sets(results["people_found"])[:-1] if name in former["whole_person"]]
-    for form, label in (("raw", "kernel distance"), ("standardised", "standardised kernel distance")):
-        both = [model["kernel_distance"][form] for model in (results, former)]
-        for name in scales:
-            cells = [f"{d[name]['excess']:+.4f} ± {d[name]['excess_sem']:.4f}" for d in both]
-            rows.append([f"{label} less the ceiling's, {name}", *cells])
-    for name in scales:
-        both = [(results["people_found"][n]["one"]["whole"], former["whole_person"][n]) for n in (name, "ceiling")]
-        rows.append([f"person found whole, {name}", *(_of(*pair) for pair in zip(*both, strict=True))])
-    for key in former["fidelity"]["ceiling"]:
-        for name in scales:
-            both = [(results["fidelity"][n]["alone"][key], former["fidelity"][n][key]) for n in (name, "ceiling")]
-            rows.append([f"{key} as asked for, {name}", *(_of(*pair) for pair in zip(*both, strict=True))])
-    for key, label in (("mean", "of the mean"), ("sampled", "of a sample")):
-        rows.append([f"autoencoder, PSNR {label}, dB", *(f"{model['psnr'][key]:.2f}" for model in (results, former))])
-    counts = [sum(results["parameters"].values()), former["parameters"]]
-    rows.append(["parameters, million", *(f"{count / 1e6:.1f}" for count in counts)])
-    return table(["figure (ceiling)", "this model", "the former"], rows)
 
 
 def _of(found: dict[str, float], ceiling: dict[str, float]) -> str:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
@@ -25,7 +24,7 @@ from experiments.marionette.judges.data import (
 from experiments.marionette.judges.training import describe, train, write_card
 from experiments.marionette.trainer import mixed_precision
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.cli import CONF
+from rg.cli import command
 from rg.detectors.attributes import PATCH, SECOND, AttributeClassifier
 from rg.detectors.keypoints import crop
 from rg.io.images import from_bytes
@@ -134,7 +133,7 @@ in eight has colours that the embedded model never sees together.
 
 
 def run(settings: dict[str, Any]) -> str:
-    """Trains, measures, writes weights and model card, returns the card; settings as of conf/train_classifier.yaml."""
+    """Trains, measures, writes weights and model card, returns the card; settings of its config."""
     device = torch.device(settings["device"])
     backbone = DiffusionBackbone.from_pretrained(settings["backbone"], device=settings["device"])
     torch.manual_seed(settings["seed"])
@@ -158,7 +157,7 @@ def run(settings: dict[str, Any]) -> str:
     return card
 
 
-@hydra.main(config_path=str(CONF), config_name="train_classifier", version_base="1.3")
+@command("experiments/marionette_classifier")
 def main(config: DictConfig) -> None:
     """Runs the training with the configuration of the command line and prints the model card."""
     print(run(OmegaConf.to_container(config, resolve=True)))

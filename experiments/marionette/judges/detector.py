@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hydra
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +22,7 @@ from experiments.marionette.judges.data import (
 from experiments.marionette.judges.training import describe, train, write_card
 from experiments.marionette.trainer import mixed_precision
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.cli import CONF
+from rg.cli import command
 from rg.detectors.keypoints import CROP, MARGIN, PATCH, Detection, KeypointDetector, boxes_around, crop_matrices
 from rg.io.images import from_bytes
 from rg.metrics.keypoints import box_side, match_people, pck
@@ -81,7 +80,7 @@ def finder_loss(scores: Tensor, boxes: Tensor, target: Tensor, present: Tensor) 
 
 
 def run(settings: dict[str, Any]) -> str:
-    """Trains, measures, writes weights and model card and returns the card; settings as of conf/train_detector.yaml."""
+    """Trains, measures, writes weights and model card and returns the card; settings of its config."""
     device = torch.device(settings["device"])
     backbone = DiffusionBackbone.from_pretrained(settings["backbone"], device=settings["device"])
     torch.manual_seed(settings["seed"])
@@ -101,7 +100,7 @@ def run(settings: dict[str, Any]) -> str:
     return finish(train(detector, loss, backbone, settings), backbone, settings)
 
 
-@hydra.main(config_path=str(CONF), config_name="train_detector", version_base="1.3")
+@command("experiments/marionette_detector")
 def main(config: DictConfig) -> None:
     """Runs the training with the configuration of the command line and prints the model card."""
     print(run(OmegaConf.to_container(config, resolve=True)))

@@ -32,8 +32,8 @@ def train(
 
     Args:
         loss: of one step on training images and images without a person; all chance comes from the generator.
-        settings: as of conf/train_detector.yaml. Other settings, another autoencoder and another world train in other
-            folders below settings["folder"].
+        settings: as of conf/experiments/marionette_detector.yaml. Other settings, another autoencoder and another world
+            train in other folders below settings["folder"].
     """
     chosen = {key: value for key, value in settings.items() if key not in PLACES} | RECIPE
     chosen |= {"autoencoder": backbone.autoencoder_id, "world": world_id(settings["seed"])}

@@ -19,7 +19,7 @@ SMALL = [
 
 def settings(root: Path, tmp_path: Path, *overrides: str):
     with initialize_config_dir(config_dir=str(root / "conf"), version_base="1.3"):
-        return compose("benchmark", [*SMALL, f"run_dir={tmp_path}", *overrides])
+        return compose("experiments/benchmark", [*SMALL, f"run_dir={tmp_path}", *overrides])
 
 
 @pytest.mark.slow

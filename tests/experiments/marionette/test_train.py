@@ -88,8 +88,8 @@ def test_stages_come_in_their_order(training: Callable[..., dict[str, Any]], tmp
 @pytest.mark.parametrize("preset", ["cpu", "gpu"])
 def test_what_a_preset_ships_is_small(root: Path, tmp_path: Path, preset: str) -> None:
     with initialize_config_dir(config_dir=str(root / "conf"), version_base="1.3"):
-        composed = compose("train_marionette", [f"preset={preset}"])
-        judges = [compose(f"train_{name}") for name in ("detector", "classifier")]
+        composed = compose("experiments/marionette_train", [f"preset={preset}"])
+        judges = [compose(f"experiments/marionette_{name}") for name in ("detector", "classifier")]
     settings = OmegaConf.to_container(composed, resolve=True)
     make_autoencoder(settings["autoencoder"]["widths"], 64, seed=0).save_pretrained(tmp_path / "vae")
     tokenizer = make_tokenizer(VOCABULARY, settings["denoiser"]["tokens"])

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 from data_prep.prepare import build
-from experiments.quality.errors import limits
+from experiments.quality.errors import errors
 from rg.data.shards import read_shards
 from rg.detectors.keypoints import MIRROR
 from rg.points import KEYPOINTS
@@ -23,7 +23,7 @@ def test_swapped_sides_are_told_from_other_errors(tmp_path: Path):
     for number, points in enumerate([keypoints[0], keypoints[1, list(MIRROR)]]):
         record = {"guided": {"points": [points.tolist()]}}
         (tmp_path / "samples" / f"{number:05d}.json").write_text(json.dumps(record))
-    text = limits(tmp_path, alpha=0.01)
+    text = errors(tmp_path, alpha=0.01)
     assert "100% of these would be right with left and right swapped" in text
     assert "50% of the people have 90 % of their keypoints right" in text
     assert all(name.replace("_", " ") in text for name in KEYPOINTS)

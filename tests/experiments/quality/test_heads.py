@@ -60,7 +60,7 @@ def test_the_command_keeps_what_others_found(folders, monkeypatch):
     monkeypatch.chdir(folders)
     out = folders / "readouts.json"
     out.write_text(json.dumps({"other": {"score, t=1": {"ours": 1.0}}}))
-    names = [f"{name}={folders}/{name}" for name in ("depth", "correspondence")]
+    names = {name: folders / name for name in ("depth", "correspondence")}
     text = run(names, "marionette", 3, out, "the command")
     found = json.loads(out.read_text())
     assert found["other"] == {"score, t=1": {"ours": 1.0}}

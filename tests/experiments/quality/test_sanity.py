@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.quality.sanity import Controls
+from experiments.quality.sanity import Checks
+from rg.cli import compose_config
 
 pytestmark = pytest.mark.slow
 
@@ -14,7 +15,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_four_images_of_one_batch_go_each_to_its_own_target_under_euler():
-    result = Controls([], 4).own_target()
+    result = Checks(compose_config("sanity", []), 4).own_target()
     assert result["all_own"], result
     distance = torch.tensor(result["distance"])
     own, others = distance.diagonal(), distance[~torch.eye(4, dtype=torch.bool)]
@@ -22,5 +23,5 @@ def test_four_images_of_one_batch_go_each_to_its_own_target_under_euler():
 
 
 def test_a_head_that_was_never_trained_does_not_help():
-    result = Controls(["sampling.num_inference_steps=10"], 8).random_head()
+    result = Checks(compose_config("sanity", ["sampling.num_inference_steps=10"]), 8).random_head()
     assert result["gain"]["low"] < 0.05, result

@@ -1,9 +1,11 @@
 import csv
+import json
+from pathlib import Path
 
 import pytest
 import yaml
 
-from experiments.quality.sweeps import training_table
+from experiments.quality.sweeps import evaluation_table, training_table
 
 
 @pytest.fixture
@@ -38,3 +40,33 @@ def test_seeds_are_averaged_with_their_interval(sweep):
 def test_a_folder_without_runs_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected runs with head/head.json, found none"):
         training_table(tmp_path)
+
+
+def add_run(folder: Path, overrides: list[str], guided: float) -> None:
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+    row = {name: {"mean": mean} for name, mean in (("unguided", 0.1), ("guided", guided), ("ceiling", 0.9))}
+    confidence = {name: {"mean": 0.5} for name in row}
+    (folder / "results.json").write_text(json.dumps({"pck": {"0.1": row}, "confidence": confidence, "images": 32}))
+
+
+def test_runs_come_best_first_without_what_they_share(tmp_path: Path):
+    for scale, guided in ((1, 0.2), (2, 0.8), (3, 0.5)):
+        overrides = ["+sweep=guidance", "sampling.eta=1.0", f"guidance.readout_scale={scale}"]
+        add_run(tmp_path / f"run-{scale}", overrides, guided)
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "latest").symlink_to("run-1")
+    lines = evaluation_table(tmp_path).splitlines()
+    assert lines[0] == "In common: sampling.eta=1.0"
+    assert [line.split(" | ")[0] for line in lines[4:]] == [
+        "| guidance.readout_scale=2",
+        "| guidance.readout_scale=3",
+        "| guidance.readout_scale=1",
+        "| unguided",
+        "| ceiling",
+    ]
+
+
+def test_no_finished_evaluation_is_an_error(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"results\.json"):
+        evaluation_table(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from rg.cli import choose_head
+from rg.cli import load_configured_head
 from rg.heads import load_head
 
 MODULE = """
@@ -52,9 +52,9 @@ def test_commands_take_the_class(root, folder, command):
     with initialize_config_dir(str(root / "conf"), version_base="1.3"):
         plain = compose(command, [f"head.path={folder}"])
         named = compose(command, [f"head.path={folder}", "head.class=own_heads.NarrowHead"])
-    assert type(choose_head(named.head, "marionette")).__name__ == "NarrowHead"
+    assert type(load_configured_head(named.head, "marionette")).__name__ == "NarrowHead"
     with pytest.raises(ValueError, match=r"found 'NarrowHead'; a class of your own .*head\.class=module\.Class"):
-        choose_head(plain.head, "marionette")
+        load_configured_head(plain.head, "marionette")
 
 
 @pytest.mark.parametrize("named", ["own_trap.NarrowHead", "own_trap", "NarrowHead"])

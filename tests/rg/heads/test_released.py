@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from rg import sample
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.cli import choose_head
+from rg.cli import load_configured_head
 from rg.heads import load_head, released
 from rg.heads import released as released_files
 from rg.heads.appearance import AppearanceHead
@@ -420,8 +420,8 @@ def test_the_command_takes_a_released_head(tmp_path, root):
 def test_path_and_released_choose_a_head(cache, tmp_path):
     cache("weights/readout_sdxl_spatial_edge.pt", make_record(3))
     config = compose_sample()
-    assert choose_head(config.head, "sdxl").hparams.variant == "keypoints"
+    assert load_configured_head(config.head, "sdxl").hparams.variant == "keypoints"
     config = compose_sample("head.released=edge")
-    assert choose_head(config.head, "sdxl").hparams.tap_channels == DIMS
+    assert load_configured_head(config.head, "sdxl").hparams.tap_channels == DIMS
     with pytest.raises(ValueError, match="got 'marionette'"):
-        choose_head(config.head, config.world.family)
+        load_configured_head(config.head, config.world.family)
