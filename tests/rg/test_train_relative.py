@@ -69,4 +69,4 @@ def test_it_is_measured_beside_the_raw_features(trained):
         expected = {f"{score}, {negative}, t=50" for score in scores for negative in negatives}
     assert set(found) == expected
     first = found[next(iter(found))]
-    assert 0 <= first.low <= first.ours <= first.high <= 1 and 0 <= first.baseline <= 1
+    assert first.low <= first.ours <= first.high and 0 <= first.ours <= 1 and 0 <= first.baseline <= 1
