@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[4]
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
     folder = ROOT / "rg/models/marionette"
-    sizes = {"pictures": 12, "held_out": 4, "steps": 3, "batch_size": 8, "learning_rate": 2e-3}
+    sizes = {"images": 12, "held_out": 4, "steps": 3, "batch_size": 8, "learning_rate": 2e-3}
     places = {"output": str(tmp_path / "detector"), "folder": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
     widths = {"widths": [8, 8, 8], "finder_widths": [8, 8, 8]}
     return {"backbone": str(folder), "device": "cpu", "seed": 1, **places, **sizes, **widths}
