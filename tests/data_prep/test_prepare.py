@@ -1,7 +1,5 @@
 import json
-import multiprocessing
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -120,31 +118,13 @@ def test_shard_that_was_taken_away_is_made_again(tmp_path, recipe):
     assert contents(tmp_path / "out/train") == before
 
 
-def build_alone(arguments):
-    torch.set_num_threads(1)
-    build(**arguments)
-
-
-def kill_when(ready, arguments):
-    """Runs `build` in another process and kills it with SIGKILL as soon as `ready()`."""
-    process = multiprocessing.get_context("fork").Process(target=build_alone, args=(arguments,))
-    process.start()
-    end = time.monotonic() + 60
-    while not ready():
-        assert process.is_alive() and time.monotonic() < end
-        time.sleep(0.0005)
-    process.kill()
-    process.join()
-    assert process.exitcode == -9
-
-
-def test_killed_while_writing_then_continued(tmp_path, recipe):
+def test_killed_while_writing_then_continued(tmp_path, recipe, kill_when):
     recipe["shard_size"] = 4
     build(root=str(tmp_path / "whole"), n=40, **recipe)
     arguments = {"root": str(tmp_path / "killed"), "n": 40, **recipe}
     folder = tmp_path / "killed/train"
     for name in ("shard-000000.tar", "shard-000004.tar"):
-        kill_when(lambda name=name: any(folder.glob(f"{name}.*.part")), arguments)
+        kill_when(lambda name=name: any(folder.glob(f"{name}.*.part")), build, **arguments)
         if (folder / "manifest.json").is_file():
             found = Manifest.read(folder).indices()
             assert len(found) < 38 and read_shards(folder).index.tolist() == found
