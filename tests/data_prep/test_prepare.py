@@ -147,16 +147,16 @@ def test_killed_between_the_shard_and_the_manifest(tmp_path, recipe):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"shard_size": 20}, "shard_size = 10, asked for is 20"),
-        ({"source": {"seed": 1}}, "source.seed = None, asked for is 1"),
-        ({"annotator": {"line_width": 3.0}}, "annotator.line_width = None, asked for is 3.0"),
+        ({"shard_size": 20}, "shard_size = 10.* 20"),
+        ({"source": {"seed": 1}}, "source.seed = None.* 1"),
+        ({"annotator": {"line_width": 3.0}}, "annotator.line_width = None.* 3.0"),
     ],
 )
 def test_other_settings_are_refused_before_any_work(tmp_path, recipe, change, words):
     build(root=str(tmp_path / "out"), n=10, **recipe)
     before = contents(tmp_path / "out/train")
     changed = OmegaConf.to_container(OmegaConf.merge(recipe, change))
-    with pytest.raises(DataError, match=f"out/train was made with {words}: choose another root"):
+    with pytest.raises(DataError, match=f"out/train .*{words}"):
         build(root=str(tmp_path / "out"), n=20, **changed)
     assert contents(tmp_path / "out/train") == before
 
@@ -165,7 +165,7 @@ def test_another_autoencoder_is_refused(tmp_path, recipe, tiny_pipeline):
     build(root=str(tmp_path / "out"), n=10, **recipe)
     tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
     recipe["backbone"]["path"] = str(tmp_path / "other")
-    with pytest.raises(DataError, match=r"was made with autoencoder_id = '\w{16}', asked for is '\w{16}'"):
+    with pytest.raises(DataError, match=r"autoencoder_id = '\w{16}'.*'\w{16}'"):
         build(root=str(tmp_path / "out"), n=10, **recipe)
 
 
@@ -179,10 +179,10 @@ def test_more_images_in_the_folder_are_refused(tmp_path, recipe):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"split": "dev"}, "split: expected one of train, val, search, test, got 'dev'"),
-        ({"n": 41}, "n: expected 1 to 40 images of split train, got 41"),
-        ({"n": 0}, "n: expected 1 to 40"),
-        ({"split": "val"}, "split=val: expected at least 1 .*found 0.*pictures.validation_share"),
+        ({"split": "dev"}, "split: .*train, val, search, test.*'dev'"),
+        ({"n": 41}, "n: .*1 to 40.*train.* 41"),
+        ({"n": 0}, "n: .*1 to 40.* 0$"),
+        ({"split": "val"}, "split=val: .* 1 .* 0.*pictures.validation_share"),
     ],
 )
 def test_bad_requests_leave_nothing_behind(tmp_path, recipe, change, words):
@@ -193,7 +193,7 @@ def test_bad_requests_leave_nothing_behind(tmp_path, recipe, change, words):
 
 def test_resolution_must_be_the_backbones(tmp_path, recipe):
     recipe["source"]["resolution"] = 64
-    with pytest.raises(DataError, match=r"source.resolution: expected the backbone's \(32, 32\), got 64"):
+    with pytest.raises(DataError, match=r"source.resolution: .*\(32, 32\).* 64"):
         build(root=str(tmp_path / "out"), **recipe)
 
 
@@ -201,7 +201,7 @@ def test_recipe_of_the_embedded_world(tmp_path, root, monkeypatch):
     monkeypatch.chdir(root)
     with initialize_config_dir(str(root / "conf"), version_base="1.3"):
         builder = instantiate(compose("prepare", ["data=pose"]).data.builder)
-    with pytest.raises(DataError, match="n: the source is endless"):
+    with pytest.raises(DataError, match="n: .*endless.*n="):
         builder(root=str(tmp_path))
     builder(root=str(tmp_path), split="val", n=3)
     samples = read_shards(tmp_path / "val")
@@ -336,9 +336,9 @@ def test_command(tmp_path, root, monkeypatch, capsys):
     run_command(monkeypatch, root, *words, "n=2")
     assert f"{tmp_path}/test: 2 samples, 0 skipped (manifest.json)" in capsys.readouterr().out
     assert len(read_shards(tmp_path / "test")) == 2
-    with pytest.raises(SystemExit, match=f"error: {tmp_path}/test was made with source.seed = 0, asked for is 1"):
+    with pytest.raises(SystemExit, match=f"^error: {tmp_path}/test .*source.seed = 0.* 1"):
         run_command(monkeypatch, root, *words, "n=2", "pictures.seed=1")
-    with pytest.raises(SystemExit, match=r"error: n: the source is endless"):
+    with pytest.raises(SystemExit, match=r"^error: n: .*endless.*n="):
         run_command(monkeypatch, root, *words)
     assert sorted(root.glob("*")) == before, "Hydra leaves no files"
 

@@ -146,12 +146,12 @@ def test_unreadable_images_are_skipped_by_name(images):
     ("name", "content", "words"),
     [
         (None, None, "a.jpg has no label: pictures.labels=.*/labels: expected a.png or a.json, found none"),
-        ("a.png", (8, 11), r"a.png: expected the image's size \(8, 12\), found \(8, 11\)"),
+        ("a.png", (8, 11), r"a.png: .*\(8, 12\).*\(8, 11\)"),
         ("a.png", b"no image", "a.png cannot be read"),
         ("a.json", b"{", "a.json: expected .*people x 18 x"),
         ("a.json", b"{}", "a.json: expected .*people x 18 x.*KeyError"),
-        ("a.json", b'{"keypoints": [[[1, 2, 1]]]}', r"found the shape \(1, 1, 3\)"),
-        ("a.json", json.dumps({"keypoints": [person(k3=(float("nan"), 1))]}).encode(), "not finite"),
+        ("a.json", b'{"keypoints": [[[1, 2, 1]]]}', r"people x 18 x.*\(1, 1, 3\)"),
+        ("a.json", json.dumps({"keypoints": [person(k3=(float("nan"), 1))]}).encode(), "people x 18 x.*not finite"),
     ],
 )
 def test_bad_labels_are_skipped_with_a_reason(images, labels, name, content, words):
@@ -197,7 +197,7 @@ def test_bad_arguments(images, tmp_path):
         folder(images)
     with pytest.raises(ValueError, match=rf"pictures\.labels={tmp_path}/none: expected a folder.* found none"):
         FileLabels(path=str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=r"validation_share=0\.9, test_share=0\.2"):
+    with pytest.raises(ValueError, match=r"at most 1.*validation_share=0\.9, test_share=0\.2"):
         save(images / "a.png", (4, 4))
         FolderSource(path=str(images), resolution=4, validation_share=0.9, test_share=0.2)
 

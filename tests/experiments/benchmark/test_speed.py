@@ -64,7 +64,7 @@ def test_a_model_that_does_not_fit_is_left_out(root: Path, tmp_path: Path, capsy
 
 
 def test_a_model_without_a_size_is_named(root: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"models: expected some of \['marionette', 'sd15', 'sdxl'\], got \['sd9'\]"):
+    with pytest.raises(ValueError, match=r"models: .*\['marionette', 'sd15', 'sdxl'\].*\['sd9'\]"):
         benchmark(settings(root, tmp_path, "models=[sd9]"), tmp_path, "a command")
     with torch.device("meta"):
         assert torch.zeros(1).is_meta  # the failed command leaves no state behind
