@@ -66,7 +66,7 @@ def test_every_block_is_followed(reader: Reader, root: Path):
 def test_the_head_is_trained_and_loads(reader: Reader, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(reader.folder)
     folder = reader.folder / "outputs/person_mask/latest/head"
-    with pytest.raises(ValueError, match="found 'MaskHead'; a class of your own has to be given too"):
+    with pytest.raises(ValueError, match="'MaskHead'.*class"):
         load_head(folder)
     head = load_head(folder, "mask_head.MaskHead")
     assert type(head) is import_head("mask_head.MaskHead") and type(head).__module__ == "mask_head"

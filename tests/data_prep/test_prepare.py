@@ -1,7 +1,6 @@
 import json
-import multiprocessing
+import re
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -120,31 +119,13 @@ def test_shard_that_was_taken_away_is_made_again(tmp_path, recipe):
     assert contents(tmp_path / "out/train") == before
 
 
-def build_alone(arguments):
-    torch.set_num_threads(1)
-    build(**arguments)
-
-
-def kill_when(ready, arguments):
-    """Runs `build` in another process and kills it with SIGKILL as soon as `ready()`."""
-    process = multiprocessing.get_context("fork").Process(target=build_alone, args=(arguments,))
-    process.start()
-    end = time.monotonic() + 60
-    while not ready():
-        assert process.is_alive() and time.monotonic() < end
-        time.sleep(0.0005)
-    process.kill()
-    process.join()
-    assert process.exitcode == -9
-
-
-def test_killed_while_writing_then_continued(tmp_path, recipe):
+def test_killed_while_writing_then_continued(tmp_path, recipe, kill_when):
     recipe["shard_size"] = 4
     build(root=str(tmp_path / "whole"), n=40, **recipe)
     arguments = {"root": str(tmp_path / "killed"), "n": 40, **recipe}
     folder = tmp_path / "killed/train"
     for name in ("shard-000000.tar", "shard-000004.tar"):
-        kill_when(lambda name=name: any(folder.glob(f"{name}.*.part")), arguments)
+        kill_when(lambda name=name: any(folder.glob(f"{name}.*.part")), build, **arguments)
         if (folder / "manifest.json").is_file():
             found = Manifest.read(folder).indices()
             assert len(found) < 38 and read_shards(folder).index.tolist() == found
@@ -166,16 +147,16 @@ def test_killed_between_the_shard_and_the_manifest(tmp_path, recipe):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"shard_size": 20}, "shard_size = 10, asked for is 20"),
-        ({"source": {"seed": 1}}, "source.seed = None, asked for is 1"),
-        ({"annotator": {"line_width": 3.0}}, "annotator.line_width = None, asked for is 3.0"),
+        ({"shard_size": 20}, "shard_size = 10.* 20"),
+        ({"source": {"seed": 1}}, "source.seed = None.* 1"),
+        ({"annotator": {"line_width": 3.0}}, "annotator.line_width = None.* 3.0"),
     ],
 )
 def test_other_settings_are_refused_before_any_work(tmp_path, recipe, change, words):
     build(root=str(tmp_path / "out"), n=10, **recipe)
     before = contents(tmp_path / "out/train")
     changed = OmegaConf.to_container(OmegaConf.merge(recipe, change))
-    with pytest.raises(DataError, match=f"out/train was made with {words}: choose another root"):
+    with pytest.raises(DataError, match=f"out/train .*{words}"):
         build(root=str(tmp_path / "out"), n=20, **changed)
     assert contents(tmp_path / "out/train") == before
 
@@ -184,7 +165,7 @@ def test_another_autoencoder_is_refused(tmp_path, recipe, tiny_pipeline):
     build(root=str(tmp_path / "out"), n=10, **recipe)
     tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
     recipe["backbone"]["path"] = str(tmp_path / "other")
-    with pytest.raises(DataError, match=r"was made with autoencoder_id = '\w{16}', asked for is '\w{16}'"):
+    with pytest.raises(DataError, match=r"autoencoder_id = '\w{16}'.*'\w{16}'"):
         build(root=str(tmp_path / "out"), n=10, **recipe)
 
 
@@ -198,10 +179,10 @@ def test_more_images_in_the_folder_are_refused(tmp_path, recipe):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"split": "dev"}, "split: expected one of train, val, search, test, got 'dev'"),
-        ({"n": 41}, "n: expected 1 to 40 images of split train, got 41"),
-        ({"n": 0}, "n: expected 1 to 40"),
-        ({"split": "val"}, "n: expected 1 to .* of split val, got 0"),
+        ({"split": "dev"}, "split: .*train, val, search, test.*'dev'"),
+        ({"n": 41}, "n: .*1 to 40.*train.* 41"),
+        ({"n": 0}, "n: .*1 to 40.* 0$"),
+        ({"split": "val"}, "split=val: .* 1 .* 0.*pictures.validation_share"),
     ],
 )
 def test_bad_requests_leave_nothing_behind(tmp_path, recipe, change, words):
@@ -212,7 +193,7 @@ def test_bad_requests_leave_nothing_behind(tmp_path, recipe, change, words):
 
 def test_resolution_must_be_the_backbones(tmp_path, recipe):
     recipe["source"]["resolution"] = 64
-    with pytest.raises(DataError, match=r"source.resolution: expected the backbone's \(32, 32\), got 64"):
+    with pytest.raises(DataError, match=r"source.resolution: .*\(32, 32\).* 64"):
         build(root=str(tmp_path / "out"), **recipe)
 
 
@@ -220,7 +201,7 @@ def test_recipe_of_the_embedded_world(tmp_path, root, monkeypatch):
     monkeypatch.chdir(root)
     with initialize_config_dir(str(root / "conf"), version_base="1.3"):
         builder = instantiate(compose("prepare", ["data=pose"]).data.builder)
-    with pytest.raises(DataError, match="n: the source is endless"):
+    with pytest.raises(DataError, match="n: .*endless.*n="):
         builder(root=str(tmp_path))
     builder(root=str(tmp_path), split="val", n=3)
     samples = read_shards(tmp_path / "val")
@@ -252,7 +233,7 @@ def test_depth_and_edges_of_the_embedded_world(tmp_path, root, monkeypatch, cont
             {
                 "00000001": "1.png cannot be read",
                 "00000002": "{0}/labels/2.png: expected the image's size (64, 64), found (64, 63)",
-                "00000003": "3.png has no label: {0}/labels/3.png does not exist",
+                "00000003": "3.png has no label: pictures.labels={0}/labels: expected 3.png, found none",
                 "00000004": "{0}/labels/4.png cannot be read",
             },
         ),
@@ -296,15 +277,68 @@ def run_command(monkeypatch, root, *words):
     main()
 
 
+FOLDERS = ["pictures.path={0}/images", "pictures.labels={0}/labels", "data.builder.root={0}/out"]
+
+
+@pytest.mark.parametrize(
+    ("files", "words", "found"),
+    [
+        ([], [], r"pictures\.path=data/marionette_images: expected a folder .*found none"),
+        ([], FOLDERS, r"pictures\.path={0}/images: expected a folder .*found none"),
+        (["images/notes.md"], FOLDERS, r"pictures\.path={0}/images: expected images .*\.png.* found none"),
+        (
+            ["images/notes.md"],
+            [*FOLDERS, "data=appearance"],
+            r"pictures\.path={0}/images: expected images .*found none",
+        ),
+        (["images/0.png"], FOLDERS[:1], r"pictures\.labels=data/marionette_labels: expected a folder .*found none"),
+        (["images/0.png"], FOLDERS, r"pictures\.labels={0}/labels: expected a folder .*found none"),
+        (
+            ["images/0/0.png"],
+            [*FOLDERS, "data=correspondence", "pictures.masks={0}/masks"],
+            r"pictures\.masks={0}/masks: expected a folder .*found none",
+        ),
+        (
+            ["images/0.png", "labels/1.png"],
+            FOLDERS,
+            r"pictures\.labels={0}/labels: expected 0.png or 0.json, found none",
+        ),
+        (
+            ["images/0.png", "labels/0.json"],
+            [*FOLDERS, "data=depth"],
+            r"pictures\.labels={0}/labels: expected 0.png, found none",
+        ),
+    ],
+)
+def test_ones_own_folders_that_cannot_be_used_are_one_line(tmp_path, root, monkeypatch, files, words, found):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / file, "png")
+    shares = ["pictures.validation_share=0", "pictures.test_share=0"]
+    with pytest.raises(SystemExit, match=rf"^error: .*{found.format(re.escape(str(tmp_path)))}[^\n]*$"):
+        run_command(monkeypatch, root, "pictures=folder", *shares, *(word.format(tmp_path) for word in words))
+
+
+def test_the_command_names_the_first_image_that_lacks_a_label(tmp_path, root, monkeypatch, capsys):
+    for name in ("images/0.png", "images/1.png", "labels/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    shares = ["pictures.validation_share=0", "pictures.test_share=0"]
+    run_command(monkeypatch, root, "pictures=folder", *shares, *(word.format(tmp_path) for word in FOLDERS))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "skipped" in line)
+    assert line.startswith(f"{tmp_path}/out/train: 1 samples, 1 skipped (manifest.json)")
+    assert line.endswith(f"0.png has no label: pictures.labels={tmp_path}/labels: expected 0.png or 0.json, found none")
+
+
 def test_command(tmp_path, root, monkeypatch, capsys):
     before = sorted(root.glob("*"))
     words = "data=pose", f"data.builder.root={tmp_path}", "split=test"
     run_command(monkeypatch, root, *words, "n=2")
     assert f"{tmp_path}/test: 2 samples, 0 skipped (manifest.json)" in capsys.readouterr().out
     assert len(read_shards(tmp_path / "test")) == 2
-    with pytest.raises(SystemExit, match=f"error: {tmp_path}/test was made with source.seed = 0, asked for is 1"):
+    with pytest.raises(SystemExit, match=f"^error: {tmp_path}/test .*source.seed = 0.* 1"):
         run_command(monkeypatch, root, *words, "n=2", "pictures.seed=1")
-    with pytest.raises(SystemExit, match=r"error: n: the source is endless"):
+    with pytest.raises(SystemExit, match=r"^error: n: .*endless.*n="):
         run_command(monkeypatch, root, *words)
     assert sorted(root.glob("*")) == before, "Hydra leaves no files"
 

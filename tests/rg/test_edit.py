@@ -6,8 +6,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from rg import edit as command
 from rg.backbone.diffusion import DiffusionBackbone
+from rg.edit import Edit
 from rg.heads.appearance import AppearanceHead
 from rg.heads.correspondence import CorrespondenceHead
 from rg.heads.spatial import SpatialHead
@@ -31,16 +31,11 @@ def run(root, heads, tmp_path, monkeypatch):
     """Images and trace of a command: `run("terms=[look]", "images=2")`."""
 
     def call(*overrides):
-        traces = []
-        attach = command.ReadoutGuidance.attach
-        monkeypatch.setattr(
-            command.ReadoutGuidance, "attach", lambda self, pipe: traces.append(self) or attach(self, pipe)
-        )
         monkeypatch.chdir(heads)
         words = ["sampling.num_inference_steps=4", f"run_dir={tmp_path}", *overrides]
         with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-            images = command.Edit(compose("edit", words), tmp_path / "run").run()
-        return images, traces[0].trace if traces else None
+            edit = Edit(compose("edit", words), tmp_path / "run")
+        return edit.run(), edit.trace
 
     return call
 
@@ -89,24 +84,24 @@ def test_a_real_image_is_inverted_and_comes_back(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["terms=[]"], "terms: expected a list"),
-        (["terms=look"], "terms: expected a list"),
+        (["terms=[]"], r"terms: .*list.*\[\]"),
+        (["terms=look"], "terms: .*list.* look"),
         (["terms=[look,{head: look, wait: 2}]"], r"terms\[1\]: .*wait"),
-        (["terms=[{head: look, weight: much}]"], r"terms\[0\]\.weight: expected a number, got 'much'"),
-        (["terms=[{weight: 1}]"], r"terms\[0\]: expected {head"),
-        (["terms=[{head: look, class: rg.heads.CorrespondenceHead}]"], "expected a CorrespondenceHead, found a App"),
+        (["terms=[{head: look, weight: much}]"], r"terms\[0\]\.weight: .*number.*'much'"),
+        (["terms=[{weight: 1}]"], r"terms\[0\]: .*{head: NAME.*weight.* 1}"),
+        (["terms=[{head: look, class: rg.heads.CorrespondenceHead}]"], "CorrespondenceHead.* AppearanceHead"),
         (["terms=[{head: look, class: nowhere.Head}]"], "class=nowhere.Head: .*No module named 'nowhere'"),
         (["terms=[map]"], r"terms\[0\]\.head: .*SpatialHead"),
         (["terms=[nowhere]"], "nowhere"),
-        (["terms=[point]"], "drag: expected one with a correspondence head"),
-        (["terms=[look]", "drag=[[1,1,2,2]]"], "drag: expected one with a correspondence head"),
-        (["terms=[point]", "drag=[[1,1,2]]"], "drag: expected a list of"),
-        (["terms=[point]", "drag=[[1,1,80,2]]"], "drag: expected places inside 64x64 pixels"),
-        (["terms=[look]", "boxes=[[0,0,64,64]]"], "boxes: expected 2 lists"),
-        (["terms=[look]", "boxes=[[0,0,64,64],[9,9,9,20]]"], "boxes: expected places inside"),
-        (["terms=[look]", "noise=old"], "noise: expected new or reference, got old"),
+        (["terms=[point]"], "drag: .*correspondence head.*drag=None"),
+        (["terms=[look]", "drag=[[1,1,2,2]]"], r"drag: .*correspondence head.*drag=\[\[1, 1, 2, 2\]\]"),
+        (["terms=[point]", "drag=[[1,1,2]]"], r"drag: .*from x.*\[\[1, 1, 2\]\]"),
+        (["terms=[point]", "drag=[[1,1,80,2]]"], r"drag: .*64x64.*\[\[1, 1, 80, 2\]\]"),
+        (["terms=[look]", "boxes=[[0,0,64,64]]"], r"boxes: .*2 lists.*\[\[0, 0, 64, 64\]\]"),
+        (["terms=[look]", "boxes=[[0,0,64,64],[9,9,9,20]]"], r"boxes: .*64x64.*\[9, 9, 9, 20\]"),
+        (["terms=[look]", "noise=old"], "noise: .*new or reference.* old"),
         (["terms=[look]", "reference=missing.png"], r"missing\.png"),
-        (["terms=[look]", "reference=missing.png", "scheduler=euler"], "expected scheduler=ddim"),
+        (["terms=[look]", "reference=missing.png", "scheduler=euler"], "reference: .*scheduler=ddim.* euler"),
     ],
 )
 def test_bad_words_are_refused_before_sampling(run, words, message):

@@ -55,7 +55,7 @@ def test_set_scheduler_keeps_the_noise_schedule(tiny_pipeline, name, class_name)
 def test_unknown_scheduler_is_named(tiny_pipeline):
     pipe = tiny_pipeline()
     before = pipe.scheduler
-    words = r"scheduler: expected one of \['ddim', 'ddpm', 'dpm\+\+', 'euler', 'pndm'\], got 'DDIM'"
+    words = r"scheduler: .*\['ddim', .*'pndm'\].*'DDIM'"
     with pytest.raises(ValueError, match=words):
         set_scheduler(pipe, "DDIM")
     assert pipe.scheduler is before
@@ -98,7 +98,7 @@ def test_a_damaged_pose_file_is_named(tmp_path, text, words):
 
 def test_a_missing_control_is_named(tmp_path):
     for name in ("pose.json", "pose.png"):
-        with pytest.raises(FileNotFoundError, match=rf"control={tmp_path / name}: there is no such file"):
+        with pytest.raises(FileNotFoundError, match=rf"control={tmp_path / name}: .*no such file"):
             load_control(tmp_path / name, (32, 32))
 
 
@@ -128,7 +128,7 @@ def test_a_damaged_image_is_named(tmp_path, content):
     path = tmp_path / "control.png"
     Image.new("RGB", (64, 64)).save(path)
     path.write_bytes(path.read_bytes()[:60] if content == b"half" else content)
-    with pytest.raises(ValueError, match=f"control={path}: expected an image, found "):
+    with pytest.raises(ValueError, match=f"control={path}: .*image.* found "):
         load_control(path, (64, 64))
 
 

@@ -158,9 +158,9 @@ def with_hydras_files(run_dir, experiment):
 
 
 def test_bad_settings_end_a_run_before_any_work(folder):
-    with pytest.raises(InstantiationException, match="norm_groups: expected a divisor"):
+    with pytest.raises(InstantiationException, match="norm_groups: .*divisor.* = .* got "):
         run(folder / "unused", folder / "none", "world.norm_groups=3")
-    with pytest.raises(InstantiationException, match="expected at least 1, got 0, change `size=...`"):
+    with pytest.raises(InstantiationException, match="at least 1.* 0.*size="):
         run(folder / "unused", folder / "none", "data.size=0")
     assert not (folder / "unused").exists() and not (folder / "none").exists()
 

@@ -52,10 +52,10 @@ def test_outlines_of_people_are_among_the_edges():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"low": 0, "high": 10}, "expected 0 < low <= high, got low=0, high=10"),
-        ({"low": 20, "high": 10}, "got low=20, high=10"),
-        ({"line_width": 0}, "line_width: expected a whole number of pixels of at least 1, got 0"),
-        ({"line_width": 1.5}, "line_width: expected a whole number of pixels of at least 1, got 1.5"),
+        ({"low": 0, "high": 10}, "0 < low <= high.*low=0, high=10"),
+        ({"low": 20, "high": 10}, "0 < low <= high.*low=20, high=10"),
+        ({"line_width": 0}, "line_width.* 1.* 0"),
+        ({"line_width": 1.5}, r"line_width.* 1.* 1\.5"),
     ],
 )
 def test_bad_settings(arguments, words):

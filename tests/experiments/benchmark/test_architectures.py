@@ -34,5 +34,5 @@ def test_random_weights_keep_the_size_of_what_passes_through():
 
 
 def test_a_shipped_model_has_its_own_size():
-    with pytest.raises(ValueError, match="latent_side: expected 16 for marionette, got 8"):
+    with pytest.raises(ValueError, match="latent_side: .*16 .*marionette.* 8"):
         build_backbone("marionette", latent_side=8, device="cpu")

@@ -63,7 +63,7 @@ def test_the_command_goes_on_and_says_what_to_do(
     training: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["preset=cpu", f"folder={tmp_path}/work", f"export={tmp_path}/models", "autoencoder.widths=[8,8]"]
-    words += ["images={train:8,held_out:4,workers:1}", "autoencoder.steps=2", "autoencoder.batch_size=2"]
+    words += ["pictures={train:8,held_out:4,workers:1}", "autoencoder.steps=2", "autoencoder.batch_size=2"]
     for more in (["stage=autoencoder", "max_minutes=0"], ["stage=autoencoder"]):
         monkeypatch.setattr(sys, "argv", ["train_marionette", *words, *more])
         main()
@@ -71,18 +71,18 @@ def test_the_command_goes_on_and_says_what_to_do(
     assert record["command"].startswith(f"python -m experiments.marionette.train preset=cpu folder={tmp_path}/work ")
     assert "stage" not in record["command"] and record["autoencoder"]["steps"] == 2
     monkeypatch.setattr(sys, "argv", ["train_marionette", *words, "stage=autoencoder", "autoencoder.learning_rate=1"])
-    with pytest.raises(SystemExit, match=r"learning_rate=0.002, got learning_rate=1:"):
+    with pytest.raises(SystemExit, match=r"learning_rate=0.002.* learning_rate=1\b"):
         main()
 
 
 def test_stages_come_in_their_order(training: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected stage=all\|autoencoder\|.*, got 'vae'"):
+    with pytest.raises(ValueError, match=r"stage=all\|autoencoder\|.*'vae'"):
         run(training(tmp_path, "stage=vae"), "")
-    with pytest.raises(ValueError, match=r"got None: run stage=autoencoder first"):
+    with pytest.raises(ValueError, match=r"images \w+-7001-train-8.* None.*stage=autoencoder"):
         run(training(tmp_path, "stage=unet"), "")
     assert run(training(tmp_path, "stage=autoencoder"), "")
-    with pytest.raises(ValueError, match=r"-train-7, got \w+-7001-train-8: run stage=autoencoder first"):
-        run(training(tmp_path, "stage=unet", "images.train=7"), "")
+    with pytest.raises(ValueError, match=r"-7001-train-7.*-7001-train-8.*stage=autoencoder"):
+        run(training(tmp_path, "stage=unet", "pictures.train=7"), "")
 
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu"])

@@ -62,9 +62,9 @@ def test_chance_depends_on_seed_and_step_alone(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     train(tmp_path, PAST)
-    with pytest.raises(ValueError, match=r"with learning_rate=0.1, widths=\[3\], got learning_rate=0.2, widths=\[4\]:"):
+    with pytest.raises(ValueError, match=r"learning_rate=0.1, widths=\[3\].* learning_rate=0.2, widths=\[4\]"):
         trainer(tmp_path, learning_rate=0.2, widths=[4])
-    with pytest.raises(ValueError, match=r"with batch=None, got batch=8:"):
+    with pytest.raises(ValueError, match=r"batch=None.* batch=8"):
         trainer(tmp_path, batch=8)
     assert trainer(tmp_path, preview_minutes=1).step == 1
 

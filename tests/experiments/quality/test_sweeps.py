@@ -38,7 +38,7 @@ def test_seeds_are_averaged_with_their_interval(sweep):
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected runs with head/head.json, found none"):
+    with pytest.raises(FileNotFoundError, match="head/head.json.* none"):
         training_table(tmp_path)
 
 

@@ -37,7 +37,7 @@ def test_decode_is_the_inverse_of_encode(group):
 def test_missing_member_is_named(member):
     raw = GROUP.encode()
     del raw[member]
-    with pytest.raises(DataError, match=f"is truncated or not ours: sample 00000007 has no '{member}'"):
+    with pytest.raises(DataError, match=f"sample 00000007 .*'{member}'.*only"):
         Group.decode(raw, SHARD)
 
 
@@ -49,7 +49,7 @@ def test_points_that_no_two_images_share_are_refused():
 
 def test_latents_of_another_number_of_images_are_refused():
     raw = replace(GROUP, latents=GROUP.latents[:1, :6]).encode()
-    with pytest.raises(DataError, match="latent.npy of sample 00000007 cannot be used: expected the latents of 2"):
+    with pytest.raises(DataError, match="latent.npy of sample 00000007 .*latents of 2"):
         Group.decode(raw, SHARD)
 
 
@@ -81,5 +81,5 @@ def test_shards_of_groups_are_read_like_those_of_images(tmp_path, kind):
     with TarWriter(str(tmp_path / SHARD), encoder=False, mtime=0) as writer:
         for group in [*groups[:2], replace(larger, latents=torch.zeros(3, 8, 2, 2).half())]:
             writer.write(group.encode())
-    with pytest.raises(DataError, match="expected images and latents of one size"):
+    with pytest.raises(DataError, match="images and latents of one size"):
         read_shards(tmp_path)

@@ -46,7 +46,7 @@ def test_decode_is_the_inverse_of_encode():
 def test_missing_member_is_named(member):
     raw = SAMPLE.encode()
     del raw[member]
-    with pytest.raises(DataError, match=f"is truncated or not ours: sample 00000007 has no '{member}'"):
+    with pytest.raises(DataError, match=f"sample 00000007 .*'{member}'.*only"):
         Sample.decode(raw, SHARD)
 
 
@@ -54,16 +54,16 @@ def test_missing_member_is_named(member):
     ("member", "data", "words"),
     [
         ("image.png", b"no image", "cannot identify"),
-        ("label.png", as_png("RGB", (4, 5)), r"expected an RGB image of \(4, 4\), found RGB of \(5, 4\)"),
-        ("label.png", as_png("L", (4, 4)), "found L of"),
-        ("latent.npy", as_npy(np.zeros((8, 2, 2), np.float32)), r"expected float16 of \(2C, h, w\), found float32"),
+        ("label.png", as_png("RGB", (4, 5)), r"RGB .*\(4, 4\).*RGB .*\(5, 4\)"),
+        ("label.png", as_png("L", (4, 4)), r"RGB .*\(4, 4\).* L of"),
+        ("latent.npy", as_npy(np.zeros((8, 2, 2), np.float32)), r"float16 .*\(2C, h, w\).* float32"),
         ("latent.npy", as_npy(np.array([print]), allow_pickle=True), "allow_pickle=False"),
         ("json", b"{", "Expecting property name"),
         ("json", b'{"keypoints": [[1, 2, 3]]}', "shape"),
     ],
 )
 def test_damaged_member_is_named(member, data, words):
-    with pytest.raises(DataError, match=f"{member} of sample 00000007 cannot be used: .*{words}"):
+    with pytest.raises(DataError, match=f"{member} of sample 00000007 .*{words}"):
         Sample.decode(SAMPLE.encode() | {member: data}, SHARD)
 
 

@@ -42,17 +42,17 @@ def test_available_bounds_the_pool_and_the_seed_orders_it(folder):
 def test_only_the_shards_that_are_needed_are_opened(folder):
     (folder / "shard-000002.tar").unlink()
     assert len(read_shards(folder, 15)) == 15
-    with pytest.raises(DataError, match=r"shard-000002\.tar is missing, but the manifest lists it with 5 samples"):
+    with pytest.raises(DataError, match=r"shard-000002\.tar is missing.* 5 samples"):
         read_shards(folder)
 
 
 def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"no labelled images in .*/nowhere: .*manifest.json does not exist"):
+    with pytest.raises(DataError, match=r"/nowhere: .*manifest.json"):
         read_shards(tmp_path / "nowhere")
 
 
 def test_too_few_samples(folder):
-    with pytest.raises(DataError, match=r"train: expected 25 samples, found 24 \(1 indices were skipped"):
+    with pytest.raises(DataError, match=r"train: .*25 .*24 .*1 .*skipped"):
         read_shards(folder, 25)
 
 
@@ -64,7 +64,7 @@ def test_empty_split(tmp_path, make_split):
 
 def test_another_autoencoder_is_refused(folder):
     assert len(read_shards(folder, autoencoder_id="a" * 16)) == 24
-    with pytest.raises(DataError, match="train: expected latents of autoencoder bbbb, found aaaaaaaaaaaaaaaa"):
+    with pytest.raises(DataError, match="train: .*autoencoder bbbb.* aaaaaaaaaaaaaaaa"):
         read_shards(folder, autoencoder_id="bbbb")
 
 
@@ -82,7 +82,7 @@ def test_truncated_between_two_samples(folder):
     with tarfile.open(path) as tar:
         end = tar.getmember("00000015.image.png").offset
     path.write_bytes(path.read_bytes()[:end])
-    with pytest.raises(DataError, match="is truncated: expected 10 samples, found 5"):
+    with pytest.raises(DataError, match="truncated.* 10 .* 5"):
         read_shards(folder)
 
 
@@ -95,7 +95,7 @@ def test_foreign_member_names_are_refused_and_written_nowhere(tmp_path, make_spl
         member = tarfile.TarInfo(name)
         member.size = 2
         tar.addfile(member, io.BytesIO(b"{}"))
-    with pytest.raises(DataError, match=r"shard-000000.tar is .*damaged .*expected keys of eight digits, found '"):
+    with pytest.raises(DataError, match=r"shard-000000.tar is .*damaged .*eight digits.* '"):
         read_shards(folder)
     assert sorted(tmp_path.rglob("*")) == before
 

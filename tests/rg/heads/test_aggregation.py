@@ -92,7 +92,7 @@ def test_only_the_chosen_taps_are_read():
 
 @pytest.mark.parametrize("taps", [[], [3], [-1], [0, 0]])
 def test_other_numbers_than_those_of_taps_are_refused(taps):
-    with pytest.raises(ValueError, match="taps: expected different numbers of 0 to 2, got "):
+    with pytest.raises(ValueError, match="taps: .*0 to 2.* got "):
         make_network([4, 4, 4], taps=taps)
 
 
@@ -130,5 +130,5 @@ def test_time_embedding_is_heard_per_sample():
 
 
 def test_another_number_of_taps_is_an_error():
-    with pytest.raises(ValueError, match="features: expected 2 taps, got 3"):
+    with pytest.raises(ValueError, match="features: .*2 .* 3"):
         make_network([12, 8])(make_features([12, 8, 8], [2, 4, 4]), None)

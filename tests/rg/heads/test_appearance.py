@@ -51,14 +51,14 @@ def test_groups_are_averaged():
 
 
 def test_another_number_of_images_is_refused():
-    words = r"expects readouts \(B,4,C,H,W\) of .* the negatives \['edited', 'rendered'\], got \(1, 3, 16, 1, 10\)"
+    words = r"\(B,4,C,H,W\).*\['edited', 'rendered'\].*\(1, 3, 16, 1, 10\)"
     with pytest.raises(ValueError, match=words):
         make_head(negatives=BOTH).loss(readout(0.1, 0.2), {})
 
 
 @pytest.mark.parametrize("negatives", [{}, {"edited": 0.0}, {"edited": 1.0, "rendered": -1.0}])
 def test_weights_are_none_below_zero_and_one_above(negatives):
-    with pytest.raises(ValueError, match="negatives: expected weights of at least 0 and one above"):
+    with pytest.raises(ValueError, match=rf"negatives: .*at least 0 .*{negatives}"):
         make_head(negatives=negatives)
 
 

@@ -135,9 +135,7 @@ def test_validation_reads_the_mean_latents(backbone):
 
 def test_a_head_for_another_backbone_is_refused(backbone):
     taps, width = backbone.tap_channels, backbone.time_embed_dim
-    with pytest.raises(
-        ValueError, match=r"head SpatialHead was made for .* channels \[4\] and time embedding 6; this one"
-    ):
+    with pytest.raises(ValueError, match=r"SpatialHead .*channels \[4\].* 6; "):
         make_head(backbone, tap_channels=[4], time_embed_dim=6)
     head = make_head(backbone)
     head.check_taps(tuple(taps), width)
@@ -148,12 +146,12 @@ def test_a_head_for_another_backbone_is_refused(backbone):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"norm_groups": 3}, r"norm_groups: expected a divisor of projection_dim / 4 = 4.0, got 3"),
+        ({"norm_groups": 3}, r"norm_groups: .*4\.0.* 3"),
         (
             {"projection_dim": 10, "norm_groups": 1},
-            r"norm_groups: expected a divisor of projection_dim / 4 = 2.5, got 1",
+            r"norm_groups: .*2\.5.* 1",
         ),
-        ({"time_convention": "backwards"}, r"time_convention: expected one of .*'direct'.*, got 'backwards'"),
+        ({"time_convention": "backwards"}, r"time_convention: .*'direct'.*'backwards'"),
     ],
 )
 def test_bad_hyperparameters_are_named(backbone, wrong, message):

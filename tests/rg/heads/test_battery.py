@@ -23,7 +23,7 @@ TAPS, SIZES, EMBEDDING, IMAGE = [8, 16, 4], [2, 2, 4], 6, (32, 32)
 TINY = ["world.projection_dim=16", "world.norm_groups=2", "world.hidden_channels=8", "world.output_scale=1"]
 CASES = [
     (path.stem, variant)
-    for path in sorted(CONF.glob("head/*.yaml"))
+    for path in sorted(CONF.glob("head/[!_]*.yaml"))
     for variant in (("rgb", "keypoints") if "pose_variant" in path.read_text() else ("rgb",))
 ]
 
@@ -204,24 +204,24 @@ def test_checkpoint_holds_plain_values_and_the_head_alone(make_head, tiny_pipeli
 
 def test_folders_that_hold_no_such_head(make_head, tmp_path):
     head = make_head()
-    with pytest.raises(FileNotFoundError, match="expected head.json and head.safetensors"):
+    with pytest.raises(FileNotFoundError, match="head.json and head.safetensors"):
         type(head).from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=rf"head={re.escape(str(tmp_path))}: expected a folder with head.json"):
+    with pytest.raises(FileNotFoundError, match=rf"head={re.escape(str(tmp_path))}: .*head.json"):
         load_head(tmp_path)
     head.save_pretrained(tmp_path)
     other = type("OtherHead", (type(head),), {})
-    with pytest.raises(ValueError, match=f"expected a OtherHead, found a {type(head).__name__}"):
+    with pytest.raises(ValueError, match=f"OtherHead.* {type(head).__name__}"):
         other.from_pretrained(tmp_path)
     record = (tmp_path / "head.json").read_text()
     (tmp_path / "head.json").write_text(record.replace(type(head).__name__, "NoHead"))
-    with pytest.raises(ValueError, match=r"expected one of the classes \[.*\], found 'NoHead'"):
+    with pytest.raises(ValueError, match=r"\[.*Head.*\].*'NoHead'"):
         load_head(tmp_path)
     (tmp_path / "head.json").write_text(record.replace('"projection_dim": 16', '"projection_dim": 32'))
-    with pytest.raises(ValueError, match="head.safetensors cannot be used: (?s:.*)size mismatch for aggregation"):
+    with pytest.raises(ValueError, match="head.safetensors (?s:.*)size mismatch for aggregation"):
         load_head(tmp_path)
     (tmp_path / "head.json").write_text(record)
     (tmp_path / "head.safetensors").write_bytes((tmp_path / "head.safetensors").read_bytes()[:-8])
-    with pytest.raises(ValueError, match=rf"head {re.escape(str(tmp_path))}: head.safetensors cannot be used"):
+    with pytest.raises(ValueError, match=rf"head {re.escape(str(tmp_path))}: head.safetensors"):
         load_head(tmp_path)
     (tmp_path / "head.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="head.safetensors"):

@@ -73,12 +73,12 @@ def test_pck_counts_what_both_images_show():
 
 def test_other_groups_than_pairs_are_refused():
     for readout in (torch.rand(2, 16, 4, 8), torch.rand(2, 3, 16, 4, 8)):
-        with pytest.raises(ValueError, match="expects readouts .* of pairs of images, got .*; use data="):
+        with pytest.raises(ValueError, match=r"\(B,2,C,H,W\).*pairs.*\(2, .*data=correspondence"):
             make_head().loss(readout, make_batch([[[[3, 3, 1], [5, 5, 1]]]] * 2))
 
 
 def test_temperature_is_positive():
-    with pytest.raises(ValueError, match="temperature: expected more than 0, got 0"):
+    with pytest.raises(ValueError, match="temperature: .* 0.* 0"):
         make_head(temperature=0)
 
 

@@ -53,7 +53,7 @@ def test_commands_take_the_class(root, folder, command):
         plain = compose(command, [f"head.path={folder}"])
         named = compose(command, [f"head.path={folder}", "head.class=own_heads.NarrowHead"])
     assert type(load_configured_head(named.head, "marionette")).__name__ == "NarrowHead"
-    with pytest.raises(ValueError, match=r"found 'NarrowHead'; a class of your own .*head\.class=module\.Class"):
+    with pytest.raises(ValueError, match=r"'NarrowHead'.*head\.class=module\.Class"):
         load_configured_head(plain.head, "marionette")
 
 
@@ -72,25 +72,25 @@ def test_nothing_that_a_folder_names_is_imported(folder, tmp_path, named):
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ("NarrowHead", "a ReadoutHead that can be imported from here$"),
-        ("", "a ReadoutHead that can be imported from here$"),
-        (".own_heads.NarrowHead", "a ReadoutHead that can be imported from here$"),
-        ("own-heads.NarrowHead", "a ReadoutHead that can be imported from here$"),
-        (3, "a ReadoutHead that can be imported from here$"),
+        ("NarrowHead", "ReadoutHead"),
+        ("", "ReadoutHead"),
+        (".own_heads.NarrowHead", "ReadoutHead"),
+        ("own-heads.NarrowHead", "ReadoutHead"),
+        (3, "ReadoutHead"),
         ("own_head.NarrowHead", "No module named 'own_head'"),
         ("own_broken.NarrowHead", "No module named 'absent_library'"),
-        ("own_heads.NarowHead", "found nothing of that name in own_heads"),
-        ("own_heads.math", "found <module 'math'.* of that name in own_heads"),
-        ("collections.Counter", "found <class 'collections.Counter'> of that name in collections"),
+        ("own_heads.NarowHead", "nothing .*own_heads"),
+        ("own_heads.math", "<module 'math'.*own_heads"),
+        ("collections.Counter", "<class 'collections.Counter'>.*collections"),
     ],
 )
 def test_a_name_that_leads_to_no_head_is_one_error(folder, named, message):
-    with pytest.raises(ValueError, match=rf"class={re.escape(str(named))}: expected module\.Class, .*{message}"):
+    with pytest.raises(ValueError, match=rf"class={re.escape(str(named))}: .*module\.Class.*{message}"):
         load_head(folder, named)
 
 
 def test_another_class_than_the_folder_holds_is_named(folder):
-    with pytest.raises(ValueError, match="expected a SpatialHead, found a NarrowHead"):
+    with pytest.raises(ValueError, match="SpatialHead.* NarrowHead"):
         load_head(folder, "rg.heads.spatial.SpatialHead")
-    with pytest.raises(FileNotFoundError, match="expected head.json"):
+    with pytest.raises(FileNotFoundError, match="head.json and head.safetensors"):
         load_head(folder.parent, "own_heads.NarrowHead")

@@ -40,7 +40,7 @@ def test_a_control_cannot_be_the_target(kind, tiny_pipeline, denoise):
     pipe = tiny_pipeline()
     head = make_head(kind, tap_channels=[16, 16, 8, 8], time_embed_dim=32)
     guidance = ReadoutGuidance([GuidanceTerm(head, FixedTarget(torch.zeros(1, 3, 32, 32)))])
-    words = rf"control: {kind.__name__} compares with the readout of a reference image.* \(1, 3, 32, 32\)"
+    words = rf"control: {kind.__name__} .*reference image.* \(1, 3, 32, 32\)"
     with pytest.raises(ValueError, match=words):
         denoise(pipe, guidance)
 
@@ -90,7 +90,7 @@ def test_each_image_has_its_box():
 def test_boxes_outside_the_map_are_named(box):
     head, maps, good = make_head(AppearanceHead), vectors(1, 16, 6, 8), boxes(0, 0, 8, 6)
     for pair in ((good, boxes(*box)), (boxes(*box), good)):
-        with pytest.raises(ValueError, match=r"left < right <= 8 and 0 <= top < bottom <= 6, got \[") as error:
+        with pytest.raises(ValueError, match=r"boxes: .*right <= 8 .*bottom <= 6.* \[") as error:
             head.energy(maps, maps, boxes=pair)
         assert str(list(box)) in str(error.value)
 
@@ -115,13 +115,13 @@ def test_pairs_that_leave_the_map_do_not_count():
     energy = head.energy(readout, target, source=source, destination=destination)
     first = head.energy(readout, target[:, :1], source=source[:, :1], destination=destination[:, :1])
     torch.testing.assert_close(energy, first)
-    with pytest.raises(ValueError, match=r"at least one pair inside a readout of 3x4 cells.*\[2, 2\].*\[2, -1\]"):
+    with pytest.raises(ValueError, match=r"points: .*one pair .*3x4 cells.*\[2, 2\].*\[2, -1\]"):
         head.energy(readout, target[:, 1:], source=source[:, 1:], destination=destination[:, 1:])
 
 
 def test_repulsion_is_a_share():
     for repulsion in (-0.1, 1.0):
-        with pytest.raises(ValueError, match=f"0 <= repulsion < 1, got {repulsion}"):
+        with pytest.raises(ValueError, match=f"repulsion: .*0 <= .* < 1.* {repulsion}"):
             make_head(CorrespondenceHead, repulsion=repulsion)
 
 

@@ -12,7 +12,6 @@ from rg import sample
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import load_configured_head
 from rg.heads import load_head, released
-from rg.heads import released as released_files
 from rg.heads.appearance import AppearanceHead
 from rg.heads.correspondence import CorrespondenceHead
 from rg.heads.spatial import SpatialHead
@@ -160,7 +159,7 @@ def test_the_names_decide_the_layout(load, flag):
     assert (head.hparams.time_convention, same.hparams.time_convention) == ("mirrored", "none")
     assert same.time_index(torch.tensor([1])) is None
     assert torch.equal(same(maps, None), head(maps, None))
-    with pytest.raises(ValueError, match="time_convention: the layout of this file ignores time, got 'mirrored'"):
+    with pytest.raises(ValueError, match="time_convention: .*ignores time.*'mirrored'"):
         load(older, time_convention="mirrored")
 
 
@@ -173,9 +172,9 @@ def test_a_file_without_output_head_needs_its_task(load, task, kind, convention)
     assert head(*make_inputs()).shape == (2, 128, 6, 6)
     assert load(make_record(), task=task, time_convention="direct").hparams.time_convention == "direct"
     for wrong in (None, "pose"):
-        with pytest.raises(ValueError, match=rf"task: expected one of \['appearance', 'correspondence'\].*{wrong!r}"):
+        with pytest.raises(ValueError, match=rf"task: .*\['appearance', 'correspondence'\].*{wrong!r}"):
             load(make_record(), task=wrong)
-    with pytest.raises(ValueError, match=f"task: expected none for a file with an output head, got '{task}'"):
+    with pytest.raises(ValueError, match=f"task: .*none .*output head.*'{task}'"):
         load(make_record(3), task=task)
 
 
@@ -211,15 +210,15 @@ def replaced(record, key, value):
     "config/dataset_args/sparse_loss",
 ])  # fmt: skip
 def test_a_missing_entry_is_named(load, key):
-    with pytest.raises(ValueError, match=rf"released=.*head\.pt: expected an entry {key.replace('/', '.')}"):
+    with pytest.raises(ValueError, match=rf"released=.*head\.pt: .*entry {key.replace('/', '.')}.* none"):
         load(without(make_record(3), key))
 
 
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("config/dims", 3, "config.dims: expected list or tuple, found 3"),
-        ("config/dims", [8, "128", 4], r"config.dims: expected a list of int, found \[8, '128', 4\]"),
+        ("config/dims", 3, "config.dims: .*list or tuple.* 3"),
+        ("config/dims", [8, "128", 4], r"config.dims: .*int.*\[8, '128', 4\]"),
         ("config/dims", [8, -128, 4], "negative dimension"),
         ("config/dims", [8, 128], "no place for .*bottleneck_layers.2.conv1.norm.bias"),
         ("config/dims", [8, 128, 4, 4], "expected also .*bottleneck_layers.3.conv1.norm.bias"),
@@ -229,15 +228,15 @@ def test_a_missing_entry_is_named(load, key):
             [9, 128, 4],
             r"layers.0.conv1.weight of shape \(32, 9, 1, 1\), found torch.float32 \(32, 8, 1, 1",
         ),
-        ("config/projection_dim", 100, "norm_groups: expected a divisor"),
+        ("config/projection_dim", 100, r"norm_groups: .*25\.0.* 32"),
         ("config/projection_dim", 256, "expected also .*bottleneck_layers.1.shortcut.weight"),
-        ("config/save_timestep", [0, 1], r"config.save_timestep: expected \[0\], found \[0, 1\]"),
-        ("config/aggregation_kwargs/output_head_channels", 4, r"expected output_head_channels 3 .* found \(4, True\)"),
-        ("config/aggregation_kwargs/output_head_act", False, r"found \(3, False\)"),
-        ("config/aggregation_kwargs/use_output_head", 1, "use_output_head: expected bool, found 1"),
-        ("config/dataset_args/control_range", (0.5, -0.5), r"control_range: expected \(low, high\), found"),
-        ("config/dataset_args/control_range", (0.5,), r"control_range: expected \(low, high\), found"),
-        ("config/dataset_args/control_range", None, "control_range: expected list or tuple, found None"),
+        ("config/save_timestep", [0, 1], r"config.save_timestep: .*\[0\].*\[0, 1\]"),
+        ("config/aggregation_kwargs/output_head_channels", 4, r"output_head_channels 3 .*\(4, True\)"),
+        ("config/aggregation_kwargs/output_head_act", False, r"output_head_channels 3 .*\(3, False\)"),
+        ("config/aggregation_kwargs/use_output_head", 1, "use_output_head: .*bool.* 1"),
+        ("config/dataset_args/control_range", (0.5, -0.5), r"control_range: .*\(low, high\).*\[0.5, -0.5\]"),
+        ("config/dataset_args/control_range", (0.5,), r"control_range: .*\(low, high\).*\[0.5\]"),
+        ("config/dataset_args/control_range", None, "control_range: .*list or tuple.* None"),
         ("aggregation_network/mixing_weights", torch.ones(4), r"mixing_weights of shape \(3,\), found .* \(4,\)"),
         ("aggregation_network/output_head.4.bias", torch.ones(3, dtype=torch.int64), "found torch.int64"),
         ("aggregation_network/output_head.4.bias", [0.0, 0.0, 0.0], r"another thing at \['output_head.4.bias'\]"),
@@ -281,27 +280,23 @@ class Trap:
 
 def test_files_that_are_not_plain_values_are_refused_and_not_run(load, tmp_path):
     record = make_record(3)
-    with pytest.raises(
-        ValueError, match=r"released=.*head\.pt: expected a file of torch.save with plain values, found"
-    ):
+    with pytest.raises(ValueError, match=r"released=.*head\.pt: .*torch.save .*plain values.*found"):
         load({**record, "step": Trap(tmp_path / "sprung")})
     assert not (tmp_path / "sprung").exists()
     torch.save(record, tmp_path / "whole.pt")
     half = (tmp_path / "whole.pt").read_bytes()[: (tmp_path / "whole.pt").stat().st_size // 2]
     for name, content in {"half.pt": half, "empty.pt": b"", "page.pt": b"<html>not found</html>"}.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(
-            ValueError, match=f"{name}: expected a file of torch.save with plain values, found"
-        ) as error:
+        with pytest.raises(ValueError, match=f"{name}: .*torch.save .*plain values.*found") as error:
             released.load(tmp_path / name)
         assert "\n" not in str(error.value)
     for other in ([1, 2], record["aggregation_network"]):
-        with pytest.raises(ValueError, match="expected an entry aggregation_network"):
+        with pytest.raises(ValueError, match="entry aggregation_network.* none"):
             load(other)
 
 
 def test_unknown_names_and_paths_are_named(tmp_path):
-    words = r"released=.*dept.*: expected one of \['appearance', .*'pose_keypoint'\] or a .pt file, found no such file"
+    words = r"released=.*dept.*: .*\['appearance', .*'pose_keypoint'\] or a .pt file, found no such file"
     for source in ("dept", tmp_path / "dept.pt"):
         with pytest.raises(FileNotFoundError, match=words):
             released.load(source, family="sd15")
@@ -313,7 +308,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def put(file, record):
-        folder = tmp_path / "hub" / f"models--{released_files.REPOSITORY.replace('/', '--')}"
+        folder = tmp_path / "hub" / f"models--{released.REPOSITORY.replace('/', '--')}"
         path = folder / "snapshots" / ("0" * 40) / file
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(record, path)
@@ -325,7 +320,7 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@pytest.mark.parametrize("name", released_files.FILES)
+@pytest.mark.parametrize("name", released.FILES)
 def test_a_name_that_cannot_be_downloaded(cache, name, family):
     file = rf"(weights|readout_pose)/readout_{family.replace('sd15', 'sdv15')}_\w+\.pt"
     words = rf"released={name}: expected https://\S+/{file} in the cache .*offline mode is enabled.* by hand"
@@ -335,25 +330,32 @@ def test_a_name_that_cannot_be_downloaded(cache, name, family):
 
 @pytest.mark.parametrize("family", [None, "marionette", "sdv15"])
 def test_families_without_released_heads(family):
-    with pytest.raises(ValueError, match=rf"released=pose: expected .* family of \['sd15', 'sdxl'\], got {family!r}"):
+    with pytest.raises(ValueError, match=rf"released=pose: .*family .*\['sd15', 'sdxl'\].*{family!r}"):
         released.load("pose", family=family)
 
 
-def test_names_find_their_files(cache, monkeypatch):
-    outputs = {"pose": 3, "depth": 3, "edge": 3, "pose_keypoint": 18, "appearance": None, "correspondence": None}
-    for number, (name, file) in enumerate(released_files.FILES.items()):
-        record = make_record(outputs[name], seed=number)
-        path = cache(file.format("sdv15"), record)
-        monkeypatch.setitem(released_files.SHA256, file.format("sdv15"), hashlib.sha256(path.read_bytes()).hexdigest())
-        head = released.load(name, family="sd15")
-        assert torch.equal(head.aggregation.mixing_weights, record["aggregation_network"]["mixing_weights"])
+def test_names_find_their_files(cache):
+    for number, (name, pattern) in enumerate(released.FILES.items()):
+        file = pattern.format("sdv15")
+        path = cache(file, make_record(3, seed=number))
+        assert released.download(name, "sd15", {file: hashlib.sha256(path.read_bytes()).hexdigest()}) == path
+
+
+def test_names_whose_sha256_is_unknown_load(cache):
+    for family, prefix in released.FAMILIES.items():
+        for number, (name, pattern) in enumerate(released.FILES.items()):
+            if (file := pattern.format(prefix)) not in released.SHA256:
+                record = make_record(None if name in released.RELATIVE else 3, seed=number)
+                cache(file, record)
+                head = released.load(name, family=family)
+                assert torch.equal(head.aggregation.mixing_weights, record["aggregation_network"]["mixing_weights"])
     assert type(released.load("appearance", family="sd15")) is AppearanceHead
     assert type(released.load("correspondence", family="sd15")) is CorrespondenceHead
 
 
 def test_a_file_with_another_sha256_is_refused(cache):
     path = cache("weights/readout_sdv15_spatial_pose.pt", make_record(3))
-    with pytest.raises(ValueError, match=rf"released=pose: expected SHA256 3cb20046\w+, found \w+; delete {path}"):
+    with pytest.raises(ValueError, match=rf"released=pose: .*SHA256 3cb20046\w+.* \w+; .*{path}"):
         released.load("pose", family="sd15")
 
 
@@ -365,9 +367,9 @@ def test_a_file_of_unknown_sha256_is_said_to_be_one(cache, caplog):
 
 
 def test_known_sha256s_are_of_known_files():
-    files = {file.format(prefix) for file in released_files.FILES.values() for prefix in ("sdv15", "sdxl")}
-    assert released_files.SHA256.keys() <= files
-    assert all(len(bytes.fromhex(digest)) == 32 for digest in released_files.SHA256.values())
+    files = {file.format(prefix) for file in released.FILES.values() for prefix in ("sdv15", "sdxl")}
+    assert released.SHA256.keys() <= files
+    assert all(len(bytes.fromhex(digest)) == 32 for digest in released.SHA256.values())
 
 
 def compose_sample(*overrides):
@@ -379,24 +381,25 @@ def test_a_head_is_for_the_family_that_its_file_names(load):
     heads = [load(make_record(3, model_id=name)) for name in ("runwayml/stable-diffusion-v1-5", "my/finetune")]
     for head in heads:
         head.check_taps(DIMS, TIME, 768)
-    with pytest.raises(ValueError, match="another model family with the same taps: .* width 768, .* have 1024"):
+    with pytest.raises(ValueError, match="another model family.* 768.* 1024"):
         heads[0].check_taps(DIMS, TIME, 1024)
     heads[1].check_taps(DIMS, TIME, 1024)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_the_command_takes_a_name_in_another_world(cache, tmp_path, tokenizer, monkeypatch, family):
+def test_the_command_takes_a_released_head_in_another_world(cache, tmp_path, tokenizer, family):
     pipe = families.build(family, tokenizer)
     pipe.save_pretrained(tmp_path / "model")
     backbone = DiffusionBackbone(pipe)
     record = make_record(3, dims=backbone.tap_channels, time=backbone.time_embed_dim)
-    file = released_files.FILES["pose"].format(released_files.FAMILIES[family])
-    monkeypatch.setitem(released_files.SHA256, file, hashlib.sha256(cache(file, record).read_bytes()).hexdigest())
+    file = released.FILES["pose"].format(released.FAMILIES[family])
+    path = cache(file, record)
+    known = file in released.SHA256  # then the name refuses a file of other bytes
     control = {"size": [32, 32], "keypoints": [[[k, 31 - k, 1] for k in range(18)]]}
     (tmp_path / "pose.json").write_text(json.dumps(control))
     world = [f"world={family}", f"world.backbone.path={tmp_path / 'model'}", "world.backbone.precision=float32"]
     small = ["world.backbone.variant=null", "images=2", "sampling.num_inference_steps=2", "guidance=released"]
-    overrides = ["head.released=pose", f"control={tmp_path / 'pose.json'}", *world, *small]
+    overrides = [f"head.released={path if known else 'pose'}", f"control={tmp_path / 'pose.json'}", *world, *small]
     images = sample.sample(compose_sample(*overrides), tmp_path / "run")
     assert images.shape == (2, 3, 32, 32) and (tmp_path / "run" / "grid.png").is_file()
 
@@ -413,7 +416,7 @@ def test_the_command_takes_a_released_head(tmp_path, root):
     images = sample.sample(compose_sample(f"head.released={tmp_path / 'head.pt'}", *small), tmp_path / "run")
     assert images.shape == (1, 3, *backbone.resolution) and (tmp_path / "run" / "grid.png").is_file()
     torch.save(make_record(3), tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"was made for a backbone with tap channels \[8, 128, 4\]"):
+    with pytest.raises(ValueError, match=r"tap channels \[8, 128, 4\].* this one has \["):
         sample.sample(compose_sample(f"head.released={tmp_path / 'other.pt'}", *small), tmp_path / "run")
 
 
@@ -423,5 +426,5 @@ def test_path_and_released_choose_a_head(cache, tmp_path):
     assert load_configured_head(config.head, "sdxl").hparams.variant == "keypoints"
     config = compose_sample("head.released=edge")
     assert load_configured_head(config.head, "sdxl").hparams.tap_channels == DIMS
-    with pytest.raises(ValueError, match="got 'marionette'"):
+    with pytest.raises(ValueError, match=r"family .*\['sd15', 'sdxl'\].*'marionette'"):
         load_configured_head(config.head, config.world.family)

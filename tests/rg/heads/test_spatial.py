@@ -106,15 +106,15 @@ def test_keypoints_become_the_image_that_the_annotator_draws():
 @pytest.mark.parametrize(
     ("variant", "shape", "message"),
     [
-        ("rgb", (3, 64, 64), r"expected \(B,3,H,W\) images or \(B,P,18,3\) keypoints, got \(3, 64, 64\)"),
-        ("rgb", (1, 3, 32, 64), r"expected images \(B,3,64,64\), got \(1, 3, 32, 64\)"),
-        ("rgb", (1, 1, 64, 64), r"expected images \(B,3,64,64\), got \(1, 1, 64, 64\)"),
-        ("rgb", (1, 1, 17, 3), r"got \(1, 1, 17, 3\)"),
-        ("keypoints", (1, 18, 3), r"got \(1, 18, 3\)"),
+        ("rgb", (3, 64, 64), r"\(B,3,H,W\).*\(B,P,18,3\).* \(3, 64, 64\)"),
+        ("rgb", (1, 3, 32, 64), r"\(B,3,64,64\).*\(1, 3, 32, 64\)"),
+        ("rgb", (1, 1, 64, 64), r"\(B,3,64,64\).*\(1, 1, 64, 64\)"),
+        ("rgb", (1, 1, 17, 3), r"\(B,3,64,64\).*\(1, 1, 17, 3\)"),
+        ("keypoints", (1, 18, 3), r"\(B,P,18,3\).*\(1, 18, 3\)"),
         (
             "keypoints",
             (1, 3, 64, 64),
-            r"a head of variant=keypoints expects \(B,P,18,3\) keypoints, got \(1, 3, 64, 64\)",
+            r"variant=keypoints .*\(B,P,18,3\).*\(1, 3, 64, 64\)",
         ),
     ],
 )
@@ -124,7 +124,7 @@ def test_a_control_that_does_not_fit_is_named(variant, shape, message):
 
 
 def test_unknown_variant_is_named():
-    with pytest.raises(ValueError, match=r"variant: expected one of \('rgb', 'keypoints'\), got 'edges'"):
+    with pytest.raises(ValueError, match=r"variant: .*'rgb', 'keypoints'.*'edges'"):
         make_head(variant="edges")
 
 

@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -74,22 +75,22 @@ def test_pck_of_the_right_points_is_one_and_does_not_depend_on_the_unit() -> Non
 
 @pytest.mark.parametrize("alpha", [0, 1, -0.1, 2, math.nan])
 def test_alpha_outside_of_0_1_is_refused(alpha: float) -> None:
-    with pytest.raises(ValueError, match="alphas"):
+    with pytest.raises(ValueError, match=rf"alphas: .*\(0, 1\).*\[{alpha}\]"):
         pck(MOVED, TARGET, VISIBLE, torch.ones(2), [alpha])
-    with pytest.raises(ValueError, match="alphas"):
+    with pytest.raises(ValueError, match=rf"alphas: .*\(0, 1\).*\[0\.1, {alpha}\]"):
         PCK(alphas=(0.1, alpha))
 
 
 def test_other_bad_input_is_refused() -> None:
     nothing = VISIBLE.clone()
     nothing[1] = False
-    with pytest.raises(ValueError, match=r"none: \[1\]"):
+    with pytest.raises(ValueError, match=r"visible keypoints.*none: \[1\]"):
         pck(MOVED, TARGET, nothing, torch.ones(2), [0.1])
-    with pytest.raises(ValueError, match=r"got .*\(2, 3, 2\)"):
+    with pytest.raises(ValueError, match=r"predicted.*\(2, 4, 2\).*got .*\(2, 3, 2\)"):
         pck(MOVED[:, :3], TARGET, VISIBLE, torch.ones(2), [0.1])
-    with pytest.raises(ValueError, match="`box`"):
+    with pytest.raises(ValueError, match="'target' or 'predicted'.*'image'.*box"):
         PCK(box="image")
-    with pytest.raises(ValueError, match="no images"), pytest.warns(UserWarning):
+    with pytest.raises(ValueError, match="PCK of no images.*at least one"), pytest.warns(UserWarning):
         PCK().compute()
 
 
@@ -156,7 +157,7 @@ def test_paired_gain_by_hand() -> None:
     half = 4.3027 * 0.1 / math.sqrt(3)
     expected = {"mean": 0.2, "low": 0.2 - half, "high": 0.2 + half}
     assert paired_gain(before, before + torch.tensor([0.1, 0.2, 0.3])) == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(ValueError, match="N >= 2"):
+    with pytest.raises(ValueError, match=r"N >= 2.*\(1,\) and \(1,\)"):
         paired_gain(before[:1], before[:1])
 
 
@@ -177,7 +178,7 @@ def test_kernel_distance_by_hand() -> None:
     assert kernel_distance(a, b) == pytest.approx(within_a + within_b - 2 * between)
     assert kernel_distance(a, b) == pytest.approx(kernel_distance(b, a))
     for bad in (a[:1], torch.ones(2, 3)):
-        with pytest.raises(ValueError, match="N, M >= 2"):
+        with pytest.raises(ValueError, match=rf"N, M >= 2.*{re.escape(str(tuple(bad.shape)))}"):
             kernel_distance(a, bad)
 
 

@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def test_images_without_depth_are_left_out():
     before = depth_scores(predicted[:2], target[:2])
     target[2] = 0
     assert depth_scores(predicted, target) == pytest.approx(before)
-    with pytest.raises(ValueError, match="DepthScores of no images"):
+    with pytest.raises(ValueError, match="DepthScores of no images.*at least one"):
         depth_scores(predicted[2:], target[2:])
 
 
@@ -147,5 +148,5 @@ def test_scores_are_means_over_images_in_any_batch(make):
 @pytest.mark.parametrize("make", [DepthScores, EdgeScores])
 def test_maps_that_do_not_fit_are_refused(make):
     for predicted, target in ((torch.ones(2, 3, 3), torch.ones(2, 3, 4)), (torch.ones(3, 3), torch.ones(3, 3))):
-        with pytest.raises(ValueError, match=r"expected two maps \(B, H, W\), got"):
+        with pytest.raises(ValueError, match=rf"\(B, H, W\).*{re.escape(str(tuple(target.shape)))}"):
             make().update(predicted, target)
