@@ -83,6 +83,11 @@ def _stop(source: Source, split: str, n: int | None) -> int:
     stop = count if n is None else n
     if stop is None:
         raise DataError("n: the source is endless, say how many samples to make, n=...")
+    if count == 0:
+        raise DataError(
+            f"split={split}: expected at least 1 image, found 0: change pictures.validation_share, "
+            "pictures.test_share or pictures.seed, or add images"
+        )
     if stop < 1 or (count is not None and stop > count):
         raise DataError(f"n: expected 1 to {count or 'any number of'} images of split {split}, got {stop}")
     return stop
@@ -118,11 +123,16 @@ def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="prepare")
 @clear_errors
 def main(config: DictConfig) -> None:
-    """Runs the builder of the asked-for labels and images."""
+    """Runs the builder of the asked-for labels and images; without a single sample it fails."""
     builder = config.data.builder
     manifest = instantiate(builder)(split=config.split, n=config.n)
     samples, skipped = len(manifest.indices()), len(manifest.skipped)
-    print(f"{builder.root}/{config.split}: {samples} samples, {skipped} skipped (manifest.json)")
+    counts = f"{builder.root}/{config.split}: {samples} samples, {skipped} skipped (manifest.json)"
+    if skipped:
+        counts += f", the first: {manifest.skipped[min(manifest.skipped)]}"
+    if not samples:
+        raise DataError(counts)
+    print(counts)
 
 
 if __name__ == "__main__":

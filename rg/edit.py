@@ -18,6 +18,7 @@ from rg.backbone.inversion import invert
 from rg.cli import clear_errors, point_latest
 from rg.generation import generate, image_seeds, set_scheduler
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
+from rg.guidance.step import StepTrace
 from rg.guidance.targets import ReferenceTarget
 from rg.heads import load_head
 from rg.heads.correspondence import CorrespondenceHead
@@ -138,6 +139,9 @@ class Edit:
         cfg: as of conf/edit.yaml.
         run_dir: gets reference.png, the new images as 00000.png, ..., and grid.png.
 
+    Attributes:
+        trace: of the guided images, step by step, once `run` is through; see rg.guidance.ReadoutGuidance.
+
     Raises:
         FileNotFoundError: there is no such head.
         ValueError: an unknown `noise`, fewer than one image, or see `load_heads`, `parse_drag` and `parse_boxes`.
@@ -149,6 +153,7 @@ class Edit:
         if cfg.noise not in ("new", "reference"):
             raise ValueError(f"noise: expected new or reference, got {cfg.noise}")
         self.cfg, self.run_dir = cfg, run_dir
+        self.trace: list[StepTrace] = []
         self.backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
         self.heads = load_heads(cfg, self.backbone)
         self.drag = parse_drag(cfg.drag, self.backbone.resolution)
@@ -220,7 +225,8 @@ class Edit:
         unguided = generate(pipe, prompts, **arguments)
         guided = generate(pipe, prompts, guidance=guidance, **arguments)
         self.write({"reference": reference.expand(cfg.images, -1, -1, -1), "unguided": unguided, "guided": guided})
-        energies = [float(step.energy.mean()) for step in guidance.trace]
+        self.trace = guidance.trace
+        energies = [float(step.energy.mean()) for step in self.trace]
         if energies:
             log.info("mean energy: %.4f at the first guided step, %.4f at the last", energies[0], energies[-1])
         return guided

@@ -6,6 +6,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
+import multiprocessing
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -176,3 +178,25 @@ def poses() -> Callable[..., Tensor]:
         return torch.cat([points, torch.ones(count, 1, 18, 1)], -1)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def kill_when() -> Callable[..., None]:
+    """Runs a function in another process and kills it as soon as `ready()`: `kill_when(ready, function, argument)`."""
+
+    def alone(function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        torch.set_num_threads(1)
+        function(*arguments, **keywords)
+
+    def run(ready: Callable[[], bool], function: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
+        process = multiprocessing.get_context("fork").Process(target=alone, args=(function, arguments, keywords))
+        process.start()
+        end = time.monotonic() + 60
+        while not ready():
+            assert process.is_alive() and time.monotonic() < end
+            time.sleep(0.0005)
+        process.kill()
+        process.join()
+        assert process.exitcode == -9
+
+    return run

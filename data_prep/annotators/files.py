@@ -23,12 +23,15 @@ class FileLabels:
         path: the folder of the labels.
         line_width: thickness of a limb that is drawn, in pixels of the resized image; None draws nothing: there must
             be a PNG, as for depth and edges.
+
+    Raises:
+        ValueError: there is no such folder.
     """
 
     def __init__(self, *, path: str, line_width: float | None = 2.0) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise ValueError(f"expected a folder of labels, found none at path={path}")
+            raise ValueError(f"pictures.labels={path}: expected a folder of labels, found none")
         self.line_width = line_width
 
     def annotate(self, samples: Sequence[SourceSample]) -> list[Label | Skip]:
@@ -38,10 +41,10 @@ class FileLabels:
         image_file = (self.path / sample.file).with_suffix(".png")
         points_file = image_file.with_suffix(".json")
         size = sample.image.shape[1:]
-        if not image_file.is_file() and self.line_width is None:
-            return Skip(f"{sample.name} has no label: {image_file} does not exist")
-        if not image_file.is_file() and not points_file.is_file():
-            return Skip(f"{sample.name} has no label: neither {image_file} nor {points_file.name} exists")
+        expected = [image_file] if self.line_width is None else [image_file, points_file]
+        if not any(file.is_file() for file in expected):
+            names = " or ".join(file.relative_to(self.path).as_posix() for file in expected)
+            return Skip(f"{sample.name} has no label: pictures.labels={self.path}: expected {names}, found none")
         keypoints = torch.zeros(0, 18, 3)
         try:
             if points_file.is_file():

@@ -41,6 +41,20 @@ def split_by_hash(
     return splits
 
 
+def find_images(key: str, folder: str) -> list[Path]:
+    """The image files anywhere below the folder of a setting, sorted.
+
+    Raises:
+        ValueError: there is no such folder, or no image in it.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"{key}={folder}: expected a folder of images, found none")
+    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in ENDINGS)
+    if not files:
+        raise ValueError(f"{key}={folder}: expected images ({', '.join(ENDINGS)}), found none in this folder")
+    return files
+
+
 class FolderSource:
     """One's own images: every jpg, png or webp below a folder, sorted by name, cropped to their centre square.
 
@@ -53,17 +67,17 @@ class FolderSource:
         validation_share: of all images, in split "val".
         test_share: of all images, in split "test"; the rest is "train".
         seed: of the hash.
+
+    Raises:
+        ValueError: the folder is missing or has no image, or see split_by_hash.
     """
 
     def __init__(
         self, *, path: str, resolution: int, validation_share: float = 0.1, test_share: float = 0.1, seed: int = 0
     ) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise ValueError(f"expected a folder of images, found none at path={path}")
         self.resolution = resolution
-        files = (file.relative_to(self.path) for file in self.path.rglob("*") if file.suffix.lower() in ENDINGS)
-        names = sorted(file.as_posix() for file in files)
+        names = sorted(file.relative_to(self.path).as_posix() for file in find_images("pictures.path", path))
         splits = split_by_hash(names, validation_share=validation_share, test_share=test_share, seed=seed)
         self.files = {split: [Path(name) for name in chosen] for split, chosen in splits.items()}
 
@@ -113,6 +127,9 @@ class VideoFolderSource:
         gaps: frames from the first to the last of a pair, at least and at most.
         clips: give the frames between the two as well, which a tracker needs.
         validation_share, test_share, seed: see data_prep.sources.folders.FolderSource.
+
+    Raises:
+        ValueError: a folder is missing, there is no image, or pairs or gaps are too small.
     """
 
     def __init__(
@@ -128,16 +145,16 @@ class VideoFolderSource:
         test_share: float = 0.1,
         seed: int = 0,
     ) -> None:
-        for name, folder in (("path", path), ("masks", masks)):
-            if folder is not None and not Path(folder).is_dir():
-                raise ValueError(f"expected a folder, found none at {name}={folder}")
+        files = find_images("pictures.path", path)
+        if masks is not None and not Path(masks).is_dir():
+            raise ValueError(f"pictures.masks={masks}: expected a folder of masks, found none")
         if pairs < 1 or not 1 <= gaps[0] <= gaps[1]:
             raise ValueError(f"expected pairs and gaps of at least 1, gaps in order, got pairs={pairs}, gaps={gaps}")
         self.path, self.masks = Path(path), None if masks is None else Path(masks)
         self.resolution, self.pairs, self.gaps, self.seed = resolution, pairs, gaps, seed
         self.clips = clips
         self.frames: dict[str, list[Path]] = {}
-        for file in sorted(file for file in self.path.rglob("*") if file.suffix.lower() in ENDINGS):
+        for file in files:
             self.frames.setdefault(file.parent.relative_to(self.path).as_posix(), []).append(file)
         self.videos = split_by_hash(
             sorted(self.frames), validation_share=validation_share, test_share=test_share, seed=seed

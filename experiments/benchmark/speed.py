@@ -25,7 +25,7 @@ from rg.cli import CONF, clear_errors, point_latest, quiet_libraries
 from rg.io.files import write_json
 
 # What a model takes beside its U-Net's weights: autoencoder, head, activations, libraries.
-ROOM = 2 * 2**30
+MEMORY_MARGIN = 2 * 2**30
 # (task, mode); the task is "" where the mode does not depend on it.
 Run = tuple[str, str]
 
@@ -36,8 +36,8 @@ def runs_of(modes: list[str] | None = None) -> list[Run]:
     return [run for run in [*(("", mode) for mode in PLAIN), *tasks] if modes is None or run[1] in modes]
 
 
-def lacking_memory(settings: Settings) -> str | None:
-    """Why a model cannot be measured here; None where it fits."""
+def lacking_memory(settings: Settings, margin: int = MEMORY_MARGIN) -> str | None:
+    """Why a model cannot be measured here; None where its U-Net's weights and `margin` bytes beside them fit."""
     if settings.model not in UNETS:
         return None
     with torch.device("meta"):
@@ -47,7 +47,7 @@ def lacking_memory(settings: Settings) -> str | None:
     else:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    needed = weights + ROOM
+    needed = weights + margin
     return None if needed <= free else f"expected {needed / 1e9:.1f} GB of free memory, found {free / 1e9:.1f} GB"
 
 
@@ -154,8 +154,8 @@ def measure(settings: Settings, cfg: DictConfig, batch_size: int, name: str) -> 
     return {**results, "settings": {**asdict(settings), "batch_size": batch_size}}
 
 
-def benchmark(cfg: DictConfig, run_dir: Path, command: str) -> dict[str, Any]:
-    """Measures model after model and writes results.json after each.
+def benchmark(cfg: DictConfig, run_dir: Path, command: str, margin: int = MEMORY_MARGIN) -> dict[str, Any]:
+    """Measures every model that fits into memory, see `lacking_memory`, and writes results.json after each.
 
     Raises:
         ValueError: a model has no entry in `sizes`.
@@ -170,7 +170,7 @@ def benchmark(cfg: DictConfig, run_dir: Path, command: str) -> dict[str, Any]:
         for precision in size.precisions:
             name = model if len(size.precisions) == 1 else f"{model}_{precision}"
             settings = Settings(model, size.latent_side, precision, size.images, size.steps, cfg.seed, device)
-            lacking = lacking_memory(settings)
+            lacking = lacking_memory(settings, margin)
             if lacking:
                 print(f"{name}: left out: {lacking}")
                 continue

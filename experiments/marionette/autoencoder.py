@@ -100,9 +100,9 @@ def train_autoencoder(
     done.unlink(missing_ok=True)
     network = make_autoencoder(settings["widths"], renders.image.shape[-1], settings["seed"]).to(settings["device"])
     images = renders.image.to(network.device)
-    loss = partial(loss_of, renders=images, batch_size=settings["batch_size"], kl_weight=settings["kl_weight"])
+    loss = partial(loss_of, images=images, batch_size=settings["batch_size"], kl_weight=settings["kl_weight"])
     trainer = Trainer(network, loss, identity, folder)
-    if not trainer.run(deadline, partial(preview, renders=held_out[:PREVIEWED])):
+    if not trainer.run(deadline, partial(preview, images=held_out[:PREVIEWED])):
         return "not done yet"
     found = finish(trainer.average, images, held_out, folder)
     trainer.watch.note()

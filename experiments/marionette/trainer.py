@@ -4,7 +4,7 @@ import copy
 import csv
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +146,16 @@ class Trainer:
         return self.finished
 
 
+def multiplies_bfloat16(capabilities: Mapping[str, Any]) -> bool:
+    """Whether a processor does, by what torch.cpu.get_capabilities says: one with AVX512-BF16 or AMX."""
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def mixed_precision(device: str | torch.device) -> torch.autocast:
     """Autocasts to bfloat16 where the device multiplies in it, and does nothing elsewhere.
 
-    A GPU does; a CPU does with AVX512-BF16 or AMX. Without them torch emulates it: forty times slower than float32.
+    A GPU does. A CPU that does not emulates it, forty times slower than float32.
     """
     kind = torch.device(device).type
-    able = torch.cpu.get_capabilities()
-    return torch.autocast(
-        kind, torch.bfloat16, enabled=kind != "cpu" or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    )
+    able = kind != "cpu" or multiplies_bfloat16(torch.cpu.get_capabilities())
+    return torch.autocast(kind, torch.bfloat16, enabled=able)

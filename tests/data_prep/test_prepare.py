@@ -1,7 +1,6 @@
 import json
-import multiprocessing
+import re
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -120,31 +119,13 @@ def test_shard_that_was_taken_away_is_made_again(tmp_path, recipe):
     assert contents(tmp_path / "out/train") == before
 
 
-def build_alone(arguments):
-    torch.set_num_threads(1)
-    build(**arguments)
-
-
-def kill_when(ready, arguments):
-    """Runs `build` in another process and kills it with SIGKILL as soon as `ready()`."""
-    process = multiprocessing.get_context("fork").Process(target=build_alone, args=(arguments,))
-    process.start()
-    end = time.monotonic() + 60
-    while not ready():
-        assert process.is_alive() and time.monotonic() < end
-        time.sleep(0.0005)
-    process.kill()
-    process.join()
-    assert process.exitcode == -9
-
-
-def test_killed_while_writing_then_continued(tmp_path, recipe):
+def test_killed_while_writing_then_continued(tmp_path, recipe, kill_when):
     recipe["shard_size"] = 4
     build(root=str(tmp_path / "whole"), n=40, **recipe)
     arguments = {"root": str(tmp_path / "killed"), "n": 40, **recipe}
     folder = tmp_path / "killed/train"
     for name in ("shard-000000.tar", "shard-000004.tar"):
-        kill_when(lambda name=name: any(folder.glob(f"{name}.*.part")), arguments)
+        kill_when(lambda name=name: any(folder.glob(f"{name}.*.part")), build, **arguments)
         if (folder / "manifest.json").is_file():
             found = Manifest.read(folder).indices()
             assert len(found) < 38 and read_shards(folder).index.tolist() == found
@@ -201,7 +182,7 @@ def test_more_images_in_the_folder_are_refused(tmp_path, recipe):
         ({"split": "dev"}, "split: expected one of train, val, search, test, got 'dev'"),
         ({"n": 41}, "n: expected 1 to 40 images of split train, got 41"),
         ({"n": 0}, "n: expected 1 to 40"),
-        ({"split": "val"}, "n: expected 1 to .* of split val, got 0"),
+        ({"split": "val"}, "split=val: expected at least 1 .*found 0.*pictures.validation_share"),
     ],
 )
 def test_bad_requests_leave_nothing_behind(tmp_path, recipe, change, words):
@@ -252,7 +233,7 @@ def test_depth_and_edges_of_the_embedded_world(tmp_path, root, monkeypatch, cont
             {
                 "00000001": "1.png cannot be read",
                 "00000002": "{0}/labels/2.png: expected the image's size (64, 64), found (64, 63)",
-                "00000003": "3.png has no label: {0}/labels/3.png does not exist",
+                "00000003": "3.png has no label: pictures.labels={0}/labels: expected 3.png, found none",
                 "00000004": "{0}/labels/4.png cannot be read",
             },
         ),
@@ -294,6 +275,59 @@ def run_command(monkeypatch, root, *words):
     monkeypatch.chdir(root)
     monkeypatch.setattr(sys, "argv", ["prepare", *words])
     main()
+
+
+FOLDERS = ["pictures.path={0}/images", "pictures.labels={0}/labels", "data.builder.root={0}/out"]
+
+
+@pytest.mark.parametrize(
+    ("files", "words", "found"),
+    [
+        ([], [], r"pictures\.path=data/marionette_images: expected a folder .*found none"),
+        ([], FOLDERS, r"pictures\.path={0}/images: expected a folder .*found none"),
+        (["images/notes.md"], FOLDERS, r"pictures\.path={0}/images: expected images .*\.png.* found none"),
+        (
+            ["images/notes.md"],
+            [*FOLDERS, "data=appearance"],
+            r"pictures\.path={0}/images: expected images .*found none",
+        ),
+        (["images/0.png"], FOLDERS[:1], r"pictures\.labels=data/marionette_labels: expected a folder .*found none"),
+        (["images/0.png"], FOLDERS, r"pictures\.labels={0}/labels: expected a folder .*found none"),
+        (
+            ["images/0/0.png"],
+            [*FOLDERS, "data=correspondence", "pictures.masks={0}/masks"],
+            r"pictures\.masks={0}/masks: expected a folder .*found none",
+        ),
+        (
+            ["images/0.png", "labels/1.png"],
+            FOLDERS,
+            r"pictures\.labels={0}/labels: expected 0.png or 0.json, found none",
+        ),
+        (
+            ["images/0.png", "labels/0.json"],
+            [*FOLDERS, "data=depth"],
+            r"pictures\.labels={0}/labels: expected 0.png, found none",
+        ),
+    ],
+)
+def test_ones_own_folders_that_cannot_be_used_are_one_line(tmp_path, root, monkeypatch, files, words, found):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / file, "png")
+    shares = ["pictures.validation_share=0", "pictures.test_share=0"]
+    with pytest.raises(SystemExit, match=rf"^error: .*{found.format(re.escape(str(tmp_path)))}[^\n]*$"):
+        run_command(monkeypatch, root, "pictures=folder", *shares, *(word.format(tmp_path) for word in words))
+
+
+def test_the_command_names_the_first_image_that_lacks_a_label(tmp_path, root, monkeypatch, capsys):
+    for name in ("images/0.png", "images/1.png", "labels/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    shares = ["pictures.validation_share=0", "pictures.test_share=0"]
+    run_command(monkeypatch, root, "pictures=folder", *shares, *(word.format(tmp_path) for word in FOLDERS))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "skipped" in line)
+    assert line.startswith(f"{tmp_path}/out/train: 1 samples, 1 skipped (manifest.json)")
+    assert line.endswith(f"0.png has no label: pictures.labels={tmp_path}/labels: expected 0.png or 0.json, found none")
 
 
 def test_command(tmp_path, root, monkeypatch, capsys):

@@ -6,8 +6,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from rg import edit as command
 from rg.backbone.diffusion import DiffusionBackbone
+from rg.edit import Edit
 from rg.heads.appearance import AppearanceHead
 from rg.heads.correspondence import CorrespondenceHead
 from rg.heads.spatial import SpatialHead
@@ -31,16 +31,11 @@ def run(root, heads, tmp_path, monkeypatch):
     """Images and trace of a command: `run("terms=[look]", "images=2")`."""
 
     def call(*overrides):
-        traces = []
-        attach = command.ReadoutGuidance.attach
-        monkeypatch.setattr(
-            command.ReadoutGuidance, "attach", lambda self, pipe: traces.append(self) or attach(self, pipe)
-        )
         monkeypatch.chdir(heads)
         words = ["sampling.num_inference_steps=4", f"run_dir={tmp_path}", *overrides]
         with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-            images = command.Edit(compose("edit", words), tmp_path / "run").run()
-        return images, traces[0].trace if traces else None
+            edit = Edit(compose("edit", words), tmp_path / "run")
+        return edit.run(), edit.trace
 
     return call
 

@@ -121,9 +121,9 @@ def load_training_renders(backbone: DiffusionBackbone, settings: Mapping[str, An
     """`make_training_renders`, kept in a file: both judges, and a run that goes on, need the same ones.
 
     Args:
-        settings: seed, renders (how many) and cache (a folder); other renders get other files.
+        settings: seed, images (how many) and cache (a folder); other renders get other files.
     """
-    seed, count = settings["seed"], settings["pictures"]
+    seed, count = settings["seed"], settings["images"]
     name = repr((Renders._fields, seed, count, KINDS, LATENT_NOISE, world_id(seed), backbone.autoencoder_id))
     path = Path(settings["cache"]) / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
     if not path.is_file():

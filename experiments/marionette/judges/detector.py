@@ -1,5 +1,6 @@
 """Trains the keypoint detector on renders: python -m experiments.marionette.judges.detector."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,8 +81,13 @@ def finder_loss(scores: Tensor, boxes: Tensor, target: Tensor, present: Tensor) 
     return -focal.sum() / hit.sum().clamp_min(1) + (error * near).sum() / near.sum().clamp_min(1)
 
 
-def run(settings: dict[str, Any]) -> str:
-    """Trains, measures, writes weights and model card and returns the card; settings as of conf/train_detector.yaml."""
+def run(settings: dict[str, Any], deadline: float = math.inf) -> str:
+    """Trains, measures, writes weights and model card and returns the card.
+
+    Args:
+        settings: as of conf/train_detector.yaml.
+        deadline: see experiments.marionette.judges.training.train; the same call without it takes the training up.
+    """
     device = torch.device(settings["device"])
     backbone = DiffusionBackbone.from_pretrained(settings["backbone"], device=settings["device"])
     torch.manual_seed(settings["seed"])
@@ -98,7 +104,7 @@ def run(settings: dict[str, Any]) -> str:
         poses = detection_loss(cells, absent, batch.keypoints, size)
         return poses + finder_loss(scores, boxes, batch.boxes, batch.present)
 
-    return finish(train(detector, loss, backbone, settings), backbone, settings)
+    return finish(train(detector, loss, backbone, settings, deadline), backbone, settings)
 
 
 @hydra.main(config_path=str(CONF), config_name="train_detector", version_base="1.3")

@@ -27,6 +27,7 @@ def train(
     loss: Callable[[Judge, Renders, Tensor, Generator], Tensor],
     backbone: DiffusionBackbone,
     settings: Mapping[str, Any],
+    deadline: float = math.inf,
 ) -> Judge:
     """Trains a network, or goes on where the same training was stopped, and returns its average, ready to judge.
 
@@ -34,6 +35,7 @@ def train(
         loss: of one step on training images and images without a person; all chance comes from the generator.
         settings: as of conf/train_detector.yaml. Other settings, another autoencoder and another world train in other
             folders below settings["folder"].
+        deadline: by time.monotonic(); once it has passed, the training stops after the step under way.
     """
     chosen = {key: value for key, value in settings.items() if key not in PLACES} | RECIPE
     chosen |= {"autoencoder": backbone.autoencoder_id, "world": world_id(settings["seed"])}
@@ -48,7 +50,7 @@ def train(
         return loss(network, *images, Generator().manual_seed(generator.initial_seed()))
 
     trainer = Trainer(network, step, chosen | {"preview_minutes": math.inf}, Path(settings["folder"]) / name)
-    trainer.run(math.inf, lambda network, path: None)
+    trainer.run(deadline, lambda network, path: None)
     return trainer.average.eval()
 
 

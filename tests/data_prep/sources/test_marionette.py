@@ -115,8 +115,8 @@ def test_splits_are_by_video_and_names_are_watched(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"path": "nowhere"}, "expected a folder, found none at path=nowhere"),
-        ({"masks": "nowhere"}, "expected a folder, found none at masks=nowhere"),
+        ({"path": "nowhere"}, "pictures.path=nowhere: expected a folder .*found none"),
+        ({"masks": "nowhere"}, "pictures.masks=nowhere: expected a folder .*found none"),
         ({"gaps": (3, 2)}, r"gaps in order, got pairs=2, gaps=\(3, 2\)"),
         ({"pairs": 0}, "got pairs=0"),
     ],

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments.benchmark import speed as command
 from experiments.benchmark.speed import benchmark, lacking_memory, task_results
 from experiments.benchmark.workloads import Settings, modes_of
 
@@ -56,11 +55,10 @@ def test_a_drags_speed_counts_the_references_run():
     assert drag["speedup_over_release"] == 3 and "memory_over_release" not in drag
 
 
-def test_a_model_that_does_not_fit_is_left_out(root: Path, tmp_path: Path, monkeypatch, capsys):
+def test_a_model_that_does_not_fit_is_left_out(root: Path, tmp_path: Path, capsys):
     given = Settings("sdxl", 16, "float32", 1, 1, 0, "cpu")
-    monkeypatch.setattr(command, "ROOM", 2**60)
-    assert "GB of free memory, found" in lacking_memory(given)
-    results = benchmark(settings(root, tmp_path, "models=[sdxl]", "device=cpu"), tmp_path, "a command")
+    assert "GB of free memory, found" in lacking_memory(given, margin=2**60)
+    results = benchmark(settings(root, tmp_path, "models=[sdxl]", "device=cpu"), tmp_path, "a command", margin=2**60)
     assert "sdxl" not in results and "sdxl: left out: expected" in capsys.readouterr().out
     assert lacking_memory(Settings("marionette", 16, "float32", 1, 1, 0, "cpu")) is None
 

@@ -94,5 +94,5 @@ def test_a_seed_decides_and_other_images_are_refused(
     first = (autoencoder / "losses.csv").read_text().splitlines()[1]
     assert (tmp_path / "losses.csv").read_text().splitlines()[1] != first
     moved = images._replace(name="another-world")
-    with pytest.raises(ValueError, match=f"images={images.name}, got images=another-world"):
+    with pytest.raises(ValueError, match=f"pictures={images.name}.* got pictures=another-world"):
         train_autoencoder(moved, moved.image[:4], other, tmp_path, 0.0)

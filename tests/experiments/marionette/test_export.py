@@ -1,11 +1,10 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from experiments.marionette import train as module
 from experiments.marionette.train import export
 
 
@@ -44,18 +43,14 @@ def test_the_old_folder_is_replaced_as_a_whole_and_its_card_kept(trained: Path, 
     assert [path.name for path in tmp_path.iterdir()] == ["marionette"]
 
 
-def test_an_export_that_fails_leaves_the_old_folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_export_that_is_killed_leaves_the_old_folder(
+    trained: Path, tmp_path: Path, kill_when: Callable[..., None]
+) -> None:
     output = tmp_path / "marionette"
     export(trained / "model", output)
     before = {name: (output / name).read_bytes() for name in names(output)}
 
-    def fail(text: str) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module.json, "loads", fail)  # after the weights, before the end
-        with pytest.raises(KeyboardInterrupt):
-            export(trained / "model", output)
+    kill_when((tmp_path / "marionette.partial").is_dir, export, trained / "model", output)
     assert {name: (output / name).read_bytes() for name in names(output)} == before
     export(trained / "model", output)
     assert json.loads((output / "unet/config.json").read_text())["in_channels"] == 4

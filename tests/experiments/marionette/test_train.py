@@ -63,7 +63,7 @@ def test_the_command_goes_on_and_says_what_to_do(
     training: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["preset=cpu", f"folder={tmp_path}/work", f"export={tmp_path}/models", "autoencoder.widths=[8,8]"]
-    words += ["images={train:8,held_out:4,workers:1}", "autoencoder.steps=2", "autoencoder.batch_size=2"]
+    words += ["pictures={train:8,held_out:4,workers:1}", "autoencoder.steps=2", "autoencoder.batch_size=2"]
     for more in (["stage=autoencoder", "max_minutes=0"], ["stage=autoencoder"]):
         monkeypatch.setattr(sys, "argv", ["train_marionette", *words, *more])
         main()
@@ -82,7 +82,7 @@ def test_stages_come_in_their_order(training: Callable[..., dict[str, Any]], tmp
         run(training(tmp_path, "stage=unet"), "")
     assert run(training(tmp_path, "stage=autoencoder"), "")
     with pytest.raises(ValueError, match=r"-train-7, got \w+-7001-train-8: run stage=autoencoder first"):
-        run(training(tmp_path, "stage=unet", "images.train=7"), "")
+        run(training(tmp_path, "stage=unet", "pictures.train=7"), "")
 
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu"])

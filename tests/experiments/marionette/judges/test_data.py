@@ -89,7 +89,7 @@ def test_training_images_are_kept(tiny_pipeline: Callable[..., Any], tmp_path: P
     plain = make_renders(1, "train", 8, side=32, kinds=KINDS)
     assert torch.equal(made.keypoints, plain.keypoints) and len(empty) == 3
     assert [torch.equal(a, b) for a, b in zip(made.image, plain.image, strict=True)] == [True, False] * 4
-    settings = {"seed": 1, "pictures": 8, "cache": str(tmp_path)}
+    settings = {"seed": 1, "images": 8, "cache": str(tmp_path)}
     for _ in range(2):
         images, nobody = load_training_renders(backbone, settings)
         assert all(torch.equal(a, b) for a, b in zip([*images, nobody], [*made, empty], strict=True))
