@@ -24,6 +24,7 @@ from rg.io.files import fingerprint
 from rg.models import locate
 
 MODULE = "experiments.marionette.train"
+LARGEST_FILE = "15MB"
 STAGES = ("autoencoder", "unet", "detector", "classifier", "card")
 # Stages that are commands of their own, by the module and the config of one name.
 COMMANDS = {
@@ -31,6 +32,31 @@ COMMANDS = {
     "classifier": ("experiments.marionette.judges.classifier", "train_classifier"),
     "card": ("experiments.marionette.card.measure", "marionette_card"),
 }
+
+
+def export(trained: Path, output: Path) -> int:
+    """Writes the pipeline in the folder `trained` to `output` in half precision, returns its size in bytes.
+
+    What was in `output` is replaced at the very end; a README.md there is kept.
+    """
+    pipeline = StableDiffusionPipeline.from_pretrained(trained, dtype=torch.float16, local_files_only=True)
+    partial, former = (output.with_name(output.name + ending) for ending in (".partial", ".former"))
+    if former.is_dir() and not output.is_dir():  # an earlier call was stopped between the two renamings below
+        former.replace(output)
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial, max_shard_size=LARGEST_FILE)
+    for path in partial.rglob("*.json"):  # where the weights were last loaded from is nobody's business
+        text = json.loads(path.read_text(encoding="utf-8"))
+        text.pop("_name_or_path", None)
+        path.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+    if (output / "README.md").is_file():
+        shutil.copy(output / "README.md", partial)
+    shutil.rmtree(former, ignore_errors=True)
+    if output.is_dir():
+        output.replace(former)
+    partial.replace(output)
+    shutil.rmtree(former, ignore_errors=True)
+    return sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
 
 
 def load(settings: dict[str, Any], split: str) -> Renders:
@@ -139,31 +165,3 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     main()
-
-
-LARGEST_FILE = "15MB"
-
-
-def export(trained: Path, output: Path) -> int:
-    """Writes the pipeline in the folder `trained` to `output` in half precision, returns its size in bytes.
-
-    What was in `output` is replaced at the very end; a README.md there is kept.
-    """
-    pipeline = StableDiffusionPipeline.from_pretrained(trained, dtype=torch.float16, local_files_only=True)
-    partial, former = (output.with_name(output.name + ending) for ending in (".partial", ".former"))
-    if former.is_dir() and not output.is_dir():  # an earlier call was stopped between the two renamings below
-        former.replace(output)
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial, max_shard_size=LARGEST_FILE)
-    for path in partial.rglob("*.json"):  # where the weights were last loaded from is nobody's business
-        text = json.loads(path.read_text(encoding="utf-8"))
-        text.pop("_name_or_path", None)
-        path.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
-    if (output / "README.md").is_file():
-        shutil.copy(output / "README.md", partial)
-    shutil.rmtree(former, ignore_errors=True)
-    if output.is_dir():
-        output.replace(former)
-    partial.replace(output)
-    shutil.rmtree(former, ignore_errors=True)
-    return sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
