@@ -91,6 +91,7 @@ def train_autoencoder(
 ) -> Outcome:
     """Trains on renders, with (N, 3, H, W) uint8 held out; if that is not done yet, the same call continues.
 
+    With settings["start"], the folder of a saved autoencoder, it goes on from that one's weights.
     In the end folder holds model/ (see `finish`), latents.pt (mean and spread of renders, scaled) and quality.json.
     """
     identity = settings | {"pictures": renders.name}
@@ -98,7 +99,10 @@ def train_autoencoder(
     if is_done(done, identity):
         return "done before"
     done.unlink(missing_ok=True)
-    network = make_autoencoder(settings["widths"], renders.image.shape[-1], settings["seed"]).to(settings["device"])
+    network = make_autoencoder(settings["widths"], renders.image.shape[-1], settings["seed"])
+    if settings["start"]:
+        network.load_state_dict(AutoencoderKL.from_pretrained(settings["start"], local_files_only=True).state_dict())
+    network = network.to(settings["device"])
     images = renders.image.to(network.device)
     loss = partial(loss_of, images=images, batch_size=settings["batch_size"], kl_weight=settings["kl_weight"])
     trainer = Trainer(network, loss, identity, folder)

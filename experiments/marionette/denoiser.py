@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from data_prep.marionette.vocabulary import VOCABULARY
+from data_prep.marionette.vocabulary import SIDED_VOCABULARY, VOCABULARY
 from experiments.marionette.autoencoder import write_grid
 from experiments.marionette.record import Outcome, is_done, write_note
 from experiments.marionette.tokenizer import make_tokenizer
@@ -143,6 +143,13 @@ def load_data(tokenizer: CLIPTokenizer, autoencoder: Path, prompts: list[str], d
     return latents | {name: value.to(device) for name, value in (tokens | levels).items()}
 
 
+def know_words(settings: dict[str, Any]) -> tuple[CLIPTokenizer, str]:
+    """The tokenizer of a training, and sixteen hexadecimal digits that change with the tokens of any of its words."""
+    vocabulary = SIDED_VOCABULARY if settings["sided"] else VOCABULARY
+    tokenizer = make_tokenizer(vocabulary, settings["tokens"])
+    return tokenizer, hashlib.sha256(repr(tokenizer(list(vocabulary)).input_ids).encode()).hexdigest()[:16]
+
+
 def train_denoiser(
     prompts: list[str], autoencoder: Path, settings: dict[str, Any], folder: Path, deadline: float
 ) -> Outcome:
@@ -150,8 +157,7 @@ def train_denoiser(
 
     In the end folder/model is the whole pipeline, in float32.
     """
-    tokenizer = make_tokenizer(VOCABULARY, settings["tokens"])
-    words = hashlib.sha256(repr(tokenizer(list(VOCABULARY)).input_ids).encode()).hexdigest()[:16]
+    tokenizer, words = know_words(settings)
     identity = settings | {"autoencoder": fingerprint(autoencoder / "model"), "words": words}
     done = folder / "done.json"
     if is_done(done, identity):

@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from data_prep.marionette.render import render
 from experiments.marionette.autoencoder import train_autoencoder
 from experiments.marionette.denoiser import train_denoiser
 from experiments.marionette.record import NOTES, Outcome, is_done, read_settings, write_note, write_record
@@ -68,6 +70,7 @@ def load(settings: dict[str, Any], split: str) -> Renders:
         split=split,
         count=chosen[split],
         workers=chosen["workers"],
+        renderer=partial(render, sided=chosen["sided"]),
     )
 
 
