@@ -87,7 +87,7 @@ def loss_of(denoiser: Denoiser, generator: Generator, *, data: dict[str, Tensor]
     """
     draw = {"generator": generator, "device": generator.device}
     rows = torch.randint(len(data["mean"]), (batch_size,), **draw)
-    mean, spread = data["mean"][rows], data["spread"][rows]
+    mean, spread = data["mean"][rows].float(), data["spread"][rows].float()
     latents = mean + spread * torch.randn(mean.shape, **draw)
     noise = torch.randn(mean.shape, **draw)
     left_out = torch.rand(batch_size, 1, **draw) < EMPTY
@@ -136,8 +136,9 @@ def preview(denoiser: Denoiser, path: Path, *, tokenizer: CLIPTokenizer, autoenc
 
 
 def load_data(tokenizer: CLIPTokenizer, autoencoder: Path, prompts: list[str], device: str) -> dict[str, Tensor]:
-    """What `denoiser.loss_of` draws from."""
+    """What `loss_of` draws from, latents in half precision."""
     latents = torch.load(autoencoder / "latents.pt", weights_only=True, map_location=device)
+    latents = {name: value.half() for name, value in latents.items()}
     tokens = {"tokens": tokenize(tokenizer, prompts), "empty": tokenize(tokenizer, [""])}
     levels = {"alphas_cumprod": make_scheduler().alphas_cumprod}
     return latents | {name: value.to(device) for name, value in (tokens | levels).items()}

@@ -88,11 +88,11 @@ def run_unet(settings: dict[str, Any], deadline: float) -> Outcome:
         ValueError: the autoencoder is not done, or its latents are those of other images.
     """
     folder, output = Path(settings["folder"]), Path(settings["export"]) / "marionette"
-    images = load(settings, "train")
+    prompts, name = load(settings, "train")[1:]
     encoded = (read_settings(folder / "autoencoder" / NOTES["autoencoder"]) or {}).get("pictures")
-    if encoded != images.name:
-        raise ValueError(f"expected latents of images {images.name}, got {encoded}: run stage=autoencoder first")
-    outcome = train_denoiser(images.prompt, folder / "autoencoder", settings["denoiser"], folder / "unet", deadline)
+    if encoded != name:
+        raise ValueError(f"expected latents of images {name}, got {encoded}: run stage=autoencoder first")
+    outcome = train_denoiser(prompts, folder / "autoencoder", settings["denoiser"], folder / "unet", deadline)
     if outcome != "not done yet":
         print(f"{output}: {export(folder / 'unet' / 'model', output) / 1e6:.1f} MB")
     return outcome
