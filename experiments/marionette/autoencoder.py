@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from experiments.marionette.record import Outcome, is_done, save, write_note
 from experiments.marionette.renders import Renders
+from experiments.marionette.threads import SpareThreads
 from experiments.marionette.trainer import Trainer, mixed_precision
 from rg.io.images import from_bytes, to_bytes
 
@@ -121,12 +122,13 @@ CHUNK = 100
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and spread of the unscaled latents of images (N, 3, H, W) uint8, on the CPU."""
-    parts = []
+    parts, threads = [], SpareThreads()
     with tqdm(desc="encoding", total=len(images), disable=len(images) <= CHUNK) as progress:
         for chunk in images.split(CHUNK):
             posterior = vae.encode(from_bytes(chunk.to(vae.device))).latent_dist
             parts.append((posterior.mean.cpu(), posterior.std.cpu()))
             progress.update(len(chunk))
+            threads.adapt()
     means, spreads = zip(*parts, strict=True)
     return torch.cat(means), torch.cat(spreads)
 

@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from experiments.marionette.record import Stopwatch, read_seconds, save
+from experiments.marionette.threads import SpareThreads
 from rg.io.files import write_text
 
 SAVE_EVERY = 180  # seconds
@@ -134,10 +135,12 @@ class Trainer:
             preview: writes an image of what the average can do to a path, now and then and after the last step.
         """
         saved = shown = time.monotonic()
+        threads = SpareThreads()
         steps = self.settings["steps"]
         progress = tqdm(total=steps, initial=self.step, desc=self.folder.name, mininterval=1)
         while not self.finished:
             loss = self.advance()
+            threads.adapt()
             progress.update()
             progress.set_postfix(loss=f"{loss:.4f}", mean=f"{np.mean(self.losses[-200:]):.4f}", refresh=False)
             now = time.monotonic()
