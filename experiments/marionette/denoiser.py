@@ -1,6 +1,7 @@
 """The denoiser of the embedded model: a U-Net and a text encoder that learn together from cached latents."""
 
 import hashlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,35 @@ def train_denoiser(
     make_pipeline(trainer.average, tokenizer, autoencoder / "model").save_pretrained(folder / "model")
     write_note(done, identity, {})
     return "done"
+
+
+def load_average(checkpoints: Sequence[Path], autoencoder: Path) -> tuple[StableDiffusionPipeline, list[int]]:
+    """The pipeline of a training under way, in float32, and the steps of its checkpoints.
+
+    Args:
+        checkpoints: one or more of one training; the mean of their averaged weights is taken.
+        autoencoder: the folder of the saved model whose latents they were trained on.
+
+    Raises:
+        ValueError: a checkpoint of other settings, of another autoencoder or of other words.
+    """
+    states = [torch.load(path, weights_only=True, mmap=True, map_location="cpu") for path in checkpoints]
+    settings = states[0]["settings"]
+    tokenizer, words = know_words(settings)
+    expected = settings | {"autoencoder": fingerprint(autoencoder), "words": words}
+    for path, state in zip(checkpoints, states, strict=True):
+        other = [name for name, value in expected.items() if state["settings"].get(name) != value]
+        if other:
+            was, now = (", ".join(f"{name}={of.get(name)}" for name in other) for of in (expected, state["settings"]))
+            raise ValueError(f"expected {path} to be made with {was}, got {now}")
+    vae = AutoencoderKL.load_config(autoencoder, local_files_only=True)
+    side = vae["sample_size"] // 2 ** (len(vae["block_out_channels"]) - 1)
+    denoiser = Denoiser(settings["unet"], settings["text"], tokenizer, side)
+    averages = [state["average"] for state in states]
+    denoiser.load_state_dict(
+        {
+            name: torch.stack([average[name].double() for average in averages]).mean(0).to(value.dtype)
+            for name, value in averages[0].items()
+        }
+    )
+    return make_pipeline(denoiser.eval(), tokenizer, autoencoder), [state["step"] for state in states]

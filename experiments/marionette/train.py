@@ -4,6 +4,7 @@ import importlib
 import json
 import shlex
 import shutil
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep.marionette.render import render
 from experiments.marionette.autoencoder import train_autoencoder
-from experiments.marionette.denoiser import train_denoiser
+from experiments.marionette.denoiser import load_average, train_denoiser
 from experiments.marionette.record import NOTES, Outcome, is_done, read_settings, write_note, write_record
 from experiments.marionette.renders import Renders, load_renders, world_id
 from rg.cli import CONF, clear_errors, quiet_libraries
@@ -98,6 +99,25 @@ def run_unet(settings: dict[str, Any], deadline: float) -> Outcome:
     return outcome
 
 
+def run_export(settings: dict[str, Any]) -> None:
+    """Exports what the U-Net's training has learnt so far, or the mean of several of its checkpoints.
+
+    It only reads the training's folder: the training may go on meanwhile.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: no checkpoint is named, or they do not belong together or to the folder's autoencoder.
+    """
+    folder, output = Path(settings["folder"]), Path(settings["export"]) / "marionette"
+    if not settings["checkpoints"]:
+        raise ValueError(f"expected checkpoints=[name,...] in {folder / 'unet'}, got {settings['checkpoints']}")
+    chosen = [folder / "unet" / name for name in settings["checkpoints"]]
+    pipeline, steps = load_average(chosen, folder / "autoencoder" / "model")
+    with tempfile.TemporaryDirectory() as trained:
+        pipeline.save_pretrained(trained)
+        print(f"{output}: {export(Path(trained), output) / 1e6:.1f} MB, after {', '.join(map(str, steps))} steps")
+
+
 def run_command(stage: str, settings: dict[str, Any]) -> Outcome:
     """A stage that is a command of its own, on what is exported, with overrides of its config; it has no deadline.
 
@@ -133,9 +153,12 @@ def run(settings: dict[str, Any], command: str) -> bool:
     Raises:
         ValueError: no such stage, or one before it is missing.
     """
-    if settings["stage"] not in ("all", *STAGES):
-        raise ValueError(f"expected stage={'|'.join(('all', *STAGES))}, got {settings['stage']!r}")
+    if settings["stage"] not in ("all", *STAGES, "export"):
+        raise ValueError(f"expected stage={'|'.join(('all', *STAGES, 'export'))}, got {settings['stage']!r}")
     quiet_libraries()
+    if settings["stage"] == "export":
+        run_export(settings)
+        return True
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     minutes = settings["max_minutes"]
