@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data_prep.marionette.vocabulary import COLORS, EYES, HAIRS, SKINS, Rgb
+from data_prep.marionette.vocabulary import CLOTHED, COLORS, EYES, HAIRS, SIDES, SKINS, Rgb
 from rg.points import KEYPOINTS
 
 
@@ -95,6 +95,8 @@ SHOWS = torch.tensor([[name in part.keypoints for part in PARTS] for name in KEY
 KEYPOINT_RADIUS = torch.tensor(
     [min([part.radius for part in PARTS if name in part.keypoints], default=EAR_RADIUS) for name in KEYPOINTS]
 )  # (18,) world units
+# By the label of a limb, what may have a colour of its own there: a key of the identity.
+OWN_LIMBS = {f"{side}_{part}": f"{side}_{limb}" for side in SIDES for limb, parts in CLOTHED.items() for part in parts}
 # Eyes are seen through glasses.
 CLEAR = torch.tensor([part.paint == "glasses" for part in PARTS])  # (K,) bool
 
@@ -120,3 +122,14 @@ def palette(identity: Mapping[str, Any]) -> dict[str, Rgb]:
     if identity["glasses"]:
         colors["glasses"] = (15, 15, 18)
     return colors
+
+
+def worn(part: Part, colors: Mapping[str, Rgb], identity: Mapping[str, Any]) -> tuple[str, Rgb]:
+    """The paint of a part and its colour, black where it is not worn.
+
+    A sleeve and a trouser leg in a colour of their own are painted like the rest of the garment.
+    """
+    own = OWN_LIMBS.get(part.label)
+    if own in identity:
+        return "shirt" if own.endswith("sleeve") else "trousers", COLORS[identity[own]]
+    return part.paint, colors.get(part.paint, (0, 0, 0))

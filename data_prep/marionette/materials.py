@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from data_prep.marionette.body_parts import Part
+from data_prep.marionette.body_parts import Part, worn
 from data_prep.marionette.raycast import NEAR, Capsules, Views, box, directions, dot, fragments, intersect
 from data_prep.marionette.scene import FOCAL, Person, Scene, Thing
 from data_prep.marionette.vocabulary import COLORS, GROUNDS, SKIES, Rgb
@@ -78,13 +78,13 @@ def pattern(texture: Tensor, point: Tensor) -> Tensor:
 
 
 def paint_part(part: Part, colors: dict[str, Rgb], person: Person) -> Material:
-    """The material of a body part; what is not worn is plain black."""
-    color = colors.get(part.paint, (0, 0, 0))
-    if part.paint in ("shirt", "trousers"):
-        texture = person.identity[f"{part.paint}_pattern"]
+    """The material of a body part; what is not worn is plain black. A sleeve in its own colour reaches to the wrist."""
+    paint, color = worn(part, colors, person.identity)
+    if paint in ("shirt", "trousers"):
+        texture = person.identity[f"{paint}_pattern"]
         return Material(color, texture, 4.5 if texture == "stripes" else 4.0, CLOTH_CONTRAST, person.phase)
-    if part.paint in ("skin", "hair", "long_hair", "hat"):
-        return Material(color, "stripes" if "hair" in part.paint else "patches", 5.0, BODY_CONTRAST, person.phase)
+    if paint in ("skin", "hair", "long_hair", "hat"):
+        return Material(color, "stripes" if "hair" in paint else "patches", 5.0, BODY_CONTRAST, person.phase)
     return Material(color)
 
 

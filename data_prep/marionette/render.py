@@ -123,6 +123,7 @@ def render(
     supersampling: int = 2,
     kinds: Mapping[str, float] = KINDS,
     pairs: Pairs = "seen",
+    sided: bool = False,
     device: str | torch.device = "cpu",
 ) -> Stills:
     """Draws and renders one image per seed; a seed gives the same bits in any batch.
@@ -133,6 +134,7 @@ def render(
         supersampling: rays per pixel along each axis; image and depth are averages over the pixel's area.
         kinds: probabilities of the kinds of scene, keys of KINDS, 1 in sum.
         pairs: "seen" leaves out the pairs of colours in vocabulary.UNSEEN_PAIRS, "unseen" draws them alone.
+        sided: prompts say which way people face, and the clothes of a left and a right limb may differ.
         device: where rays are cast; the result is on the CPU, and the same on every device up to rounding.
 
     Raises:
@@ -146,7 +148,7 @@ def render(
         raise ValueError(f"expected kinds to give {sorted(KINDS)} probabilities that sum to 1, got {dict(kinds)}")
     if pairs not in ("seen", "unseen"):
         raise ValueError(f"expected pairs to be seen or unseen, got {pairs}")
-    scenes = [draw_scene(seed, kinds, pairs) for seed in seeds]
+    scenes = [draw_scene(seed, kinds, pairs, sided=sided) for seed in seeds]
     chunk = max(1, CHUNK_RAYS // (resolution * supersampling) ** 2)
     stills = [
         render_scenes(scenes[i : i + chunk], resolution=resolution, supersampling=supersampling, device=device)

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from data_prep.marionette.vocabulary import describe_person, describe_scene, read_person
+from data_prep.marionette.vocabulary import describe_person, describe_scene, facing, read_person
 
 VERSION = 3  # of the world: another number means other images for the same seeds
 Range = tuple[float, float]
@@ -45,6 +45,9 @@ LIGHT_TURN, LIGHT_HEIGHT = (
     (0.6, 1.1),
 )  # of the light: turn against the camera's yaw, angle above the ground
 BACK_VIEW_SHARE, HAT_SHARE, GLASSES_SHARE, NAMED_HAIR_SHARE = 0.15, 0.3, 0.25, 0.8
+# Of people in scenes that are sided: whose prompt says which way they face, who has a sleeve and who a trouser leg in a
+# colour of its own. Who stands so near to the border of two quarters (radians) is said to face neither.
+NAMED_FACING_SHARE, OWN_LIMB_SHARE, FACING_MARGIN = 0.9, 0.25, 0.1
 PATTERNS: dict[str, float] = {"plain": 0.55, "stripes": 0.15, "checks": 0.15, "patches": 0.15}  # of shirts and trousers
 THINGS: dict[str, Range] = {
     "ball": (0.1, 0.2),
@@ -64,11 +67,13 @@ class Person:
 
     Attributes:
         identity: words for shirt, trousers, skin, hair, hair_length, eye, hat (or None); glasses (bool); the numbers of
-            SHAPE; shirt_pattern and trousers_pattern (keys of PATTERNS).
+            SHAPE; shirt_pattern and trousers_pattern (keys of PATTERNS). Where a sleeve or a trouser leg has a colour
+            of its own, a word for right_sleeve, left_sleeve, right_leg or left_leg too: the person's own sides.
         pose: the angles of POSE, yaw in the world.
         place: (x, z) of the pelvis on the ground.
         phase: shifts the textures of this person's parts.
         names_hair: whether the prompt names the hair.
+        names_facing: whether the prompt names which way the body faces.
     """
 
     identity: dict[str, Any]
@@ -76,6 +81,7 @@ class Person:
     place: tuple[float, float] = (0.0, 0.0)
     phase: float = 0.0
     names_hair: bool = True
+    names_facing: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,13 +130,26 @@ class Scene:
         turn = person.pose["yaw"] + person.pose["head_yaw"] - self.camera.yaw
         return person.identity["glasses"] and math.cos(turn) > 0.35
 
+    def _named_facing(self, person: Person) -> str | None:
+        """What the prompt says of where the person's body faces, see vocabulary.facing."""
+        turn = person.pose["yaw"] - self.camera.yaw
+        off = abs((turn + math.pi / 4) % (math.pi / 2) - math.pi / 4)  # the middle of the quarter
+        return facing(turn) if person.names_facing and off < math.pi / 4 - FACING_MARGIN else None
+
     @property
     def prompt(self) -> str:
-        """The caption: what every person wears, as far as it can be seen, and the surroundings; never the pose."""
+        """The caption: what every person wears, as far as it can be seen, and the surroundings.
+
+        Of the pose it says at most which way people face.
+        """
         portrait = self.kind == "portrait"
         people = [
             describe_person(
-                person.identity, portrait=portrait, glasses=self._shows_glasses(person), hair=person.names_hair
+                person.identity,
+                portrait=portrait,
+                glasses=self._shows_glasses(person),
+                hair=person.names_hair,
+                facing=self._named_facing(person),
             )
             for person in self.people
         ]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from data_prep.marionette.scene import (
     KINDS,
     LIGHT_HEIGHT,
     LIGHT_TURN,
+    NAMED_FACING_SHARE,
     NAMED_HAIR_SHARE,
+    OWN_LIMB_SHARE,
     PATTERNS,
     PORTRAIT_YAW,
     POSE,
@@ -31,7 +34,9 @@ from data_prep.marionette.scene import (
     Scene,
     Thing,
 )
-from data_prep.marionette.vocabulary import COLORS, EYES, GROUNDS, HAIRS, LENGTHS, SKIES, SKINS, UNSEEN_PAIRS
+from data_prep.marionette.vocabulary import COLORS, EYES, GROUNDS, HAIRS, LENGTHS, SIDES, SKIES, SKINS, UNSEEN_PAIRS
+
+SIDED_STREAM = 0x51DE5  # keeps what only sided scenes draw apart from all other draws of a seed
 
 
 def _word(rng: Generator, vocabulary: Mapping[str, Any] | tuple[str, ...]) -> str:
@@ -84,7 +89,31 @@ def _draw_thing(rng: Generator, kind: str, camera: Camera) -> Thing:
     return Thing(thing, rng.uniform(*THINGS[thing]), place, _word(rng, COLORS))
 
 
-def draw_scene(seed: tuple[int, ...], kinds: Mapping[str, float] = KINDS, pairs: Pairs = "seen") -> Scene:
+def _draw_side(rng: Generator, person: Person) -> Person:
+    """The same person in a sided scene: a sleeve and a trouser leg of one side may get a colour of their own."""
+    worn = person.identity
+    side, names_facing = _word(rng, SIDES), bool(rng.random() < NAMED_FACING_SHARE)
+    # Neither the garment's colour nor one that would show a pair of colours that is never seen.
+    hidden = {shirt: trousers for shirt, trousers in UNSEEN_PAIRS.items() if trousers == worn["trousers"]}
+    own = {
+        "sleeve": [color for color in COLORS if color != worn["shirt"] and color not in hidden],
+        "leg": [color for color in COLORS if color not in (worn["trousers"], UNSEEN_PAIRS[worn["shirt"]])],
+    }
+    limbs = {
+        f"{side}_{limb}": _word(rng, tuple(colors)) for limb, colors in own.items() if rng.random() < OWN_LIMB_SHARE
+    }
+    return replace(person, identity=worn | limbs, names_facing=names_facing)
+
+
+def _draw_sides(seed: tuple[int, ...], people: tuple[Person, ...]) -> tuple[Person, ...]:
+    """The same people in a sided scene."""
+    rng = default_rng(SeedSequence((SIDED_STREAM, *seed)))
+    return tuple(_draw_side(rng, person) for person in people)
+
+
+def draw_scene(
+    seed: tuple[int, ...], kinds: Mapping[str, float] = KINDS, pairs: Pairs = "seen", *, sided: bool = False
+) -> Scene:
     """Draws one scene from `seed` alone.
 
     Args:
@@ -92,6 +121,8 @@ def draw_scene(seed: tuple[int, ...], kinds: Mapping[str, float] = KINDS, pairs:
             only seeds of one length are sure to differ from each other.
         kinds: probability of each kind, as KINDS.
         pairs: "seen" leaves out UNSEEN_PAIRS, "unseen" draws them alone.
+        sided: prompts say which way people face, and the clothes of a left and a right limb may differ; all else is
+            drawn as without.
     """
     rng = default_rng(SeedSequence(seed))
     kind = _choice(rng, kinds)
@@ -121,7 +152,7 @@ def draw_scene(seed: tuple[int, ...], kinds: Mapping[str, float] = KINDS, pairs:
         kind=kind,
         sky=_word(rng, SKIES),
         ground=_word(rng, GROUNDS),
-        people=people,
+        people=_draw_sides(seed, people) if sided else people,
         camera=camera,
         light=(yaw + rng.uniform(*LIGHT_TURN), rng.uniform(*LIGHT_HEIGHT)),
         things=tuple(_draw_thing(rng, kind, camera) for _ in range(rng.choice(len(THING_COUNTS), p=THING_COUNTS))),

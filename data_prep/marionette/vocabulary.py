@@ -1,5 +1,6 @@
 """The words of the marionette world: vocabularies and their colours, prompts, and what can be read from an image."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,16 +68,38 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = (
 _WORDS = "a", "person", "people", "portrait", "of", "with", "in", "and", "on", "at", "two"
 _THINGS = "hair", "shirt", "trousers", "hat", "glasses"
 VOCABULARY: tuple[str, ...] = tuple(dict.fromkeys([*_WORDS, *_THINGS, *COLORS, *HAIRS, *LENGTHS, *GROUNDS, *SKIES]))
+SIDES = "right", "left"
+# Limbs that may be clothed in a colour of their own, by the word for it.
+CLOTHED = {"sleeve": ("upper_arm", "forearm"), "leg": ("thigh", "shin")}
+FACINGS = "front", "right", "back", "left"  # by quarter turns, right-handed about y, from the camera on
+SIDED_VOCABULARY: tuple[str, ...] = (*VOCABULARY, "facing", *FACINGS, *CLOTHED)  # of scenes that are `sided`
 
 
-def describe_person(identity: Mapping[str, Any], *, portrait: bool, glasses: bool, hair: bool) -> str:
-    """A person in words: clothes always, glasses and hair where asked for."""
-    words = [f"a {identity['shirt']} shirt"]
-    words += [] if portrait else [f"{identity['trousers']} trousers"]
+def facing(turn: float) -> str:
+    """The word of FACINGS whose quarter holds a turn of the body against the camera's (radians, right-handed about y).
+
+    Left and right are those of the image: who faces left looks towards its left edge.
+    """
+    return FACINGS[round(turn / (math.pi / 2)) % len(FACINGS)]
+
+
+def _own_limb(identity: Mapping[str, Any], limb: str) -> str:
+    """What is said of a sleeve or a trouser leg in a colour of its own; nothing where there is none."""
+    found = [(identity[f"{side}_{limb}"], side) for side in SIDES if f"{side}_{limb}" in identity]
+    return "".join(f" with a {color} {side} {limb}" for color, side in found)
+
+
+def describe_person(
+    identity: Mapping[str, Any], *, portrait: bool, glasses: bool, hair: bool, facing: str | None = None
+) -> str:
+    """A person in words: clothes always, glasses, hair and a word of FACINGS where asked for."""
+    words = [f"a {identity['shirt']} shirt{_own_limb(identity, 'sleeve')}"]
+    words += [] if portrait else [f"{identity['trousers']} trousers{_own_limb(identity, 'leg')}"]
     words += [f"a {identity['hat']} hat"] if identity["hat"] else []
     words += ["glasses"] if glasses else []
     head = f" with {identity['hair_length']} {identity['hair']} hair" if hair else ""
-    return f"a person{head} in {' and '.join(words)}"
+    turned = f" facing {facing}" if facing else ""
+    return f"a person{turned}{head} in {' and '.join(words)}"
 
 
 def describe_scene(people: Sequence[str], *, kind: str, ground: str, sky: str) -> str:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from experiments.marionette.record import Outcome, is_done, save, write_note
 from experiments.marionette.renders import Renders
+from experiments.marionette.threads import SpareThreads
 from experiments.marionette.trainer import Trainer, mixed_precision
 from rg.io.images import from_bytes, to_bytes
 
@@ -91,6 +92,7 @@ def train_autoencoder(
 ) -> Outcome:
     """Trains on renders, with (N, 3, H, W) uint8 held out; if that is not done yet, the same call continues.
 
+    With settings["start"], the folder of a saved autoencoder, it goes on from that one's weights.
     In the end folder holds model/ (see `finish`), latents.pt (mean and spread of renders, scaled) and quality.json.
     """
     identity = settings | {"pictures": renders.name}
@@ -98,7 +100,10 @@ def train_autoencoder(
     if is_done(done, identity):
         return "done before"
     done.unlink(missing_ok=True)
-    network = make_autoencoder(settings["widths"], renders.image.shape[-1], settings["seed"]).to(settings["device"])
+    network = make_autoencoder(settings["widths"], renders.image.shape[-1], settings["seed"])
+    if settings["start"]:
+        network.load_state_dict(AutoencoderKL.from_pretrained(settings["start"], local_files_only=True).state_dict())
+    network = network.to(settings["device"])
     images = renders.image.to(network.device)
     loss = partial(loss_of, images=images, batch_size=settings["batch_size"], kl_weight=settings["kl_weight"])
     trainer = Trainer(network, loss, identity, folder)
@@ -117,12 +122,13 @@ CHUNK = 100
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and spread of the unscaled latents of images (N, 3, H, W) uint8, on the CPU."""
-    parts = []
+    parts, threads = [], SpareThreads()
     with tqdm(desc="encoding", total=len(images), disable=len(images) <= CHUNK) as progress:
         for chunk in images.split(CHUNK):
             posterior = vae.encode(from_bytes(chunk.to(vae.device))).latent_dist
             parts.append((posterior.mean.cpu(), posterior.std.cpu()))
             progress.update(len(chunk))
+            threads.adapt()
     means, spreads = zip(*parts, strict=True)
     return torch.cat(means), torch.cat(spreads)
 

@@ -1,6 +1,7 @@
 """The denoiser of the embedded model: a U-Net and a text encoder that learn together from cached latents."""
 
 import hashlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from data_prep.marionette.vocabulary import VOCABULARY
+from data_prep.marionette.vocabulary import SIDED_VOCABULARY, VOCABULARY
 from experiments.marionette.autoencoder import write_grid
 from experiments.marionette.record import Outcome, is_done, write_note
 from experiments.marionette.tokenizer import make_tokenizer
@@ -87,7 +88,7 @@ def loss_of(denoiser: Denoiser, generator: Generator, *, data: dict[str, Tensor]
     """
     draw = {"generator": generator, "device": generator.device}
     rows = torch.randint(len(data["mean"]), (batch_size,), **draw)
-    mean, spread = data["mean"][rows], data["spread"][rows]
+    mean, spread = data["mean"][rows].float(), data["spread"][rows].float()
     latents = mean + spread * torch.randn(mean.shape, **draw)
     noise = torch.randn(mean.shape, **draw)
     left_out = torch.rand(batch_size, 1, **draw) < EMPTY
@@ -136,11 +137,19 @@ def preview(denoiser: Denoiser, path: Path, *, tokenizer: CLIPTokenizer, autoenc
 
 
 def load_data(tokenizer: CLIPTokenizer, autoencoder: Path, prompts: list[str], device: str) -> dict[str, Tensor]:
-    """What `denoiser.loss_of` draws from."""
+    """What `loss_of` draws from, latents in half precision."""
     latents = torch.load(autoencoder / "latents.pt", weights_only=True, map_location=device)
+    latents = {name: value.half() for name, value in latents.items()}
     tokens = {"tokens": tokenize(tokenizer, prompts), "empty": tokenize(tokenizer, [""])}
     levels = {"alphas_cumprod": make_scheduler().alphas_cumprod}
     return latents | {name: value.to(device) for name, value in (tokens | levels).items()}
+
+
+def know_words(settings: dict[str, Any]) -> tuple[CLIPTokenizer, str]:
+    """The tokenizer of a training, and sixteen hexadecimal digits that change with the tokens of any of its words."""
+    vocabulary = SIDED_VOCABULARY if settings["sided"] else VOCABULARY
+    tokenizer = make_tokenizer(vocabulary, settings["tokens"])
+    return tokenizer, hashlib.sha256(repr(tokenizer(list(vocabulary)).input_ids).encode()).hexdigest()[:16]
 
 
 def train_denoiser(
@@ -150,8 +159,7 @@ def train_denoiser(
 
     In the end folder/model is the whole pipeline, in float32.
     """
-    tokenizer = make_tokenizer(VOCABULARY, settings["tokens"])
-    words = hashlib.sha256(repr(tokenizer(list(VOCABULARY)).input_ids).encode()).hexdigest()[:16]
+    tokenizer, words = know_words(settings)
     identity = settings | {"autoencoder": fingerprint(autoencoder / "model"), "words": words}
     done = folder / "done.json"
     if is_done(done, identity):
@@ -171,3 +179,35 @@ def train_denoiser(
     make_pipeline(trainer.average, tokenizer, autoencoder / "model").save_pretrained(folder / "model")
     write_note(done, identity, {})
     return "done"
+
+
+def load_average(checkpoints: Sequence[Path], autoencoder: Path) -> tuple[StableDiffusionPipeline, list[int]]:
+    """The pipeline of a training under way, in float32, and the steps of its checkpoints.
+
+    Args:
+        checkpoints: one or more of one training; the mean of their averaged weights is taken.
+        autoencoder: the folder of the saved model whose latents they were trained on.
+
+    Raises:
+        ValueError: a checkpoint of other settings, of another autoencoder or of other words.
+    """
+    states = [torch.load(path, weights_only=True, mmap=True, map_location="cpu") for path in checkpoints]
+    settings = states[0]["settings"]
+    tokenizer, words = know_words(settings)
+    expected = settings | {"autoencoder": fingerprint(autoencoder), "words": words}
+    for path, state in zip(checkpoints, states, strict=True):
+        other = [name for name, value in expected.items() if state["settings"].get(name) != value]
+        if other:
+            was, now = (", ".join(f"{name}={of.get(name)}" for name in other) for of in (expected, state["settings"]))
+            raise ValueError(f"expected {path} to be made with {was}, got {now}")
+    vae = AutoencoderKL.load_config(autoencoder, local_files_only=True)
+    side = vae["sample_size"] // 2 ** (len(vae["block_out_channels"]) - 1)
+    denoiser = Denoiser(settings["unet"], settings["text"], tokenizer, side)
+    averages = [state["average"] for state in states]
+    denoiser.load_state_dict(
+        {
+            name: torch.stack([average[name].double() for average in averages]).mean(0).to(value.dtype)
+            for name, value in averages[0].items()
+        }
+    )
+    return make_pipeline(denoiser.eval(), tokenizer, autoencoder), [state["step"] for state in states]

@@ -4,7 +4,9 @@ import importlib
 import json
 import shlex
 import shutil
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from data_prep.marionette.render import render
 from experiments.marionette.autoencoder import train_autoencoder
-from experiments.marionette.denoiser import train_denoiser
+from experiments.marionette.denoiser import load_average, train_denoiser
 from experiments.marionette.record import NOTES, Outcome, is_done, read_settings, write_note, write_record
 from experiments.marionette.renders import Renders, load_renders, world_id
 from rg.cli import command, quiet_libraries
@@ -23,6 +26,7 @@ from rg.io.files import fingerprint
 from rg.models import locate
 
 MODULE = "experiments.marionette.train"
+LARGEST_FILE = "15MB"
 STAGES = ("autoencoder", "unet", "detector", "classifier", "card")
 # Stages that are commands of their own, by the module and the config of one name.
 COMMANDS = {
@@ -30,6 +34,31 @@ COMMANDS = {
     "classifier": ("experiments.marionette.judges.classifier", "experiments/marionette_classifier"),
     "card": ("experiments.marionette.card.measure", "experiments/marionette_card"),
 }
+
+
+def export(trained: Path, output: Path) -> int:
+    """Writes the pipeline in the folder `trained` to `output` in half precision, returns its size in bytes.
+
+    What was in `output` is replaced at the very end; a README.md there is kept.
+    """
+    pipeline = StableDiffusionPipeline.from_pretrained(trained, dtype=torch.float16, local_files_only=True)
+    partial, former = (output.with_name(output.name + ending) for ending in (".partial", ".former"))
+    if former.is_dir() and not output.is_dir():  # an earlier call was stopped between the two renamings below
+        former.replace(output)
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial, max_shard_size=LARGEST_FILE)
+    for path in partial.rglob("*.json"):  # where the weights were last loaded from is nobody's business
+        text = json.loads(path.read_text(encoding="utf-8"))
+        text.pop("_name_or_path", None)
+        path.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+    if (output / "README.md").is_file():
+        shutil.copy(output / "README.md", partial)
+    shutil.rmtree(former, ignore_errors=True)
+    if output.is_dir():
+        output.replace(former)
+    partial.replace(output)
+    shutil.rmtree(former, ignore_errors=True)
+    return sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
 
 
 def load(settings: dict[str, Any], split: str) -> Renders:
@@ -41,6 +70,7 @@ def load(settings: dict[str, Any], split: str) -> Renders:
         split=split,
         count=chosen[split],
         workers=chosen["workers"],
+        renderer=partial(render, sided=chosen["sided"]),
     )
 
 
@@ -58,14 +88,33 @@ def run_unet(settings: dict[str, Any], deadline: float) -> Outcome:
         ValueError: the autoencoder is not done, or its latents are those of other images.
     """
     folder, output = Path(settings["folder"]), Path(settings["export"]) / "marionette"
-    images = load(settings, "train")
+    prompts, name = load(settings, "train")[1:]
     encoded = (read_settings(folder / "autoencoder" / NOTES["autoencoder"]) or {}).get("pictures")
-    if encoded != images.name:
-        raise ValueError(f"expected latents of images {images.name}, got {encoded}: run stage=autoencoder first")
-    outcome = train_denoiser(images.prompt, folder / "autoencoder", settings["denoiser"], folder / "unet", deadline)
+    if encoded != name:
+        raise ValueError(f"expected latents of images {name}, got {encoded}: run stage=autoencoder first")
+    outcome = train_denoiser(prompts, folder / "autoencoder", settings["denoiser"], folder / "unet", deadline)
     if outcome != "not done yet":
         print(f"{output}: {export(folder / 'unet' / 'model', output) / 1e6:.1f} MB")
     return outcome
+
+
+def run_export(settings: dict[str, Any]) -> None:
+    """Exports what the U-Net's training has learnt so far, or the mean of several of its checkpoints.
+
+    It only reads the training's folder: the training may go on meanwhile.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: no checkpoint is named, or they do not belong together or to the folder's autoencoder.
+    """
+    folder, output = Path(settings["folder"]), Path(settings["export"]) / "marionette"
+    if not settings["checkpoints"]:
+        raise ValueError(f"expected checkpoints=[name,...] in {folder / 'unet'}, got {settings['checkpoints']}")
+    chosen = [folder / "unet" / name for name in settings["checkpoints"]]
+    pipeline, steps = load_average(chosen, folder / "autoencoder" / "model")
+    with tempfile.TemporaryDirectory() as trained:
+        pipeline.save_pretrained(trained)
+        print(f"{output}: {export(Path(trained), output) / 1e6:.1f} MB, after {', '.join(map(str, steps))} steps")
 
 
 def run_command(stage: str, settings: dict[str, Any]) -> Outcome:
@@ -103,9 +152,12 @@ def run(settings: dict[str, Any], command: str) -> bool:
     Raises:
         ValueError: no such stage, or one before it is missing.
     """
-    if settings["stage"] not in ("all", *STAGES):
-        raise ValueError(f"expected stage={'|'.join(('all', *STAGES))}, got {settings['stage']!r}")
+    if settings["stage"] not in ("all", *STAGES, "export"):
+        raise ValueError(f"expected stage={'|'.join(('all', *STAGES, 'export'))}, got {settings['stage']!r}")
     quiet_libraries()
+    if settings["stage"] == "export":
+        run_export(settings)
+        return True
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     minutes = settings["max_minutes"]
@@ -137,31 +189,3 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     main()
-
-
-LARGEST_FILE = "15MB"
-
-
-def export(trained: Path, output: Path) -> int:
-    """Writes the pipeline in the folder `trained` to `output` in half precision, returns its size in bytes.
-
-    What was in `output` is replaced at the very end; a README.md there is kept.
-    """
-    pipeline = StableDiffusionPipeline.from_pretrained(trained, dtype=torch.float16, local_files_only=True)
-    partial, former = (output.with_name(output.name + ending) for ending in (".partial", ".former"))
-    if former.is_dir() and not output.is_dir():  # an earlier call was stopped between the two renamings below
-        former.replace(output)
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial, max_shard_size=LARGEST_FILE)
-    for path in partial.rglob("*.json"):  # where the weights were last loaded from is nobody's business
-        text = json.loads(path.read_text(encoding="utf-8"))
-        text.pop("_name_or_path", None)
-        path.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
-    if (output / "README.md").is_file():
-        shutil.copy(output / "README.md", partial)
-    shutil.rmtree(former, ignore_errors=True)
-    if output.is_dir():
-        output.replace(former)
-    partial.replace(output)
-    shutil.rmtree(former, ignore_errors=True)
-    return sum(path.stat().st_size for path in output.rglob("*") if path.is_file())

@@ -13,10 +13,12 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from experiments.marionette.record import Stopwatch, save
+from experiments.marionette.record import Stopwatch, read_seconds, save
+from experiments.marionette.threads import SpareThreads
 from rg.io.files import write_text
 
 SAVE_EVERY = 180  # seconds
+KEEP_EVERY = 3600  # seconds of work, after which a checkpoint is kept beside those that follow
 CLIP = 1.0  # largest norm of the gradient
 
 
@@ -30,14 +32,16 @@ class Trainer:
     """A network on its way, and the moving average of its weights that is kept in the end.
 
     The learning rate is constant after a short warm-up and falls to 0 in the last part of the steps: before that part
-    begins the number of steps may still be changed.
+    begins the number of steps may still be changed. Without such a number it stays constant and training does not end:
+    a number that is given later ends it, and should leave that last part before it.
 
     Args:
         network: what learns.
         loss: of one step; all chance comes from its generator.
-        settings: steps, learning_rate, warm_up (steps), decay (share of the steps), weight_decay, ema (largest
-            decay of the average), seed, and whatever else decides the run.
-        folder: gets checkpoint.pt, losses.csv, seconds.txt and images; a checkpoint in it is taken up.
+        settings: steps (or None), learning_rate, warm_up (steps), decay (share of the steps), weight_decay, ema
+            (largest decay of the average), seed, and whatever else decides the run.
+        folder: gets checkpoint.pt, losses.csv, seconds.txt, images, and after every hour of work its checkpoint as
+            hour-001.pt and so on; checkpoint.pt is taken up.
 
     Raises:
         ValueError: the checkpoint was made with other settings.
@@ -65,7 +69,8 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.settings["steps"]
+        steps = self.settings["steps"]
+        return steps is not None and self.step >= steps
 
     def _identity(self) -> dict[str, Any]:
         return {key: value for key, value in self.settings.items() if key not in ("steps", "preview_minutes")}
@@ -93,11 +98,15 @@ class Trainer:
         csv.writer(table, lineterminator="\n").writerows([("step", "loss"), *enumerate(self.losses, 1)])
         write_text(self.folder / "losses.csv", table.getvalue())
         self.watch.note()
+        hours = int(read_seconds(self.folder) // KEEP_EVERY)
+        kept = self.folder / f"hour-{hours:03d}.pt"
+        if hours and not kept.is_file():
+            kept.hardlink_to(self.checkpoint)  # which the next one replaces, but does not change
 
     def learning_rate(self) -> float:
         """Of the present step."""
         steps, warm_up, decay = (self.settings[name] for name in ("steps", "warm_up", "decay"))
-        left = (steps - self.step) / max(1, decay * steps)
+        left = 1.0 if steps is None else (steps - self.step) / max(1, decay * steps)
         return self.settings["learning_rate"] * min(1.0, (self.step + 1) / warm_up, left)
 
     def advance(self) -> float:
@@ -126,10 +135,12 @@ class Trainer:
             preview: writes an image of what the average can do to a path, now and then and after the last step.
         """
         saved = shown = time.monotonic()
+        threads = SpareThreads()
         steps = self.settings["steps"]
         progress = tqdm(total=steps, initial=self.step, desc=self.folder.name, mininterval=1)
         while not self.finished:
             loss = self.advance()
+            threads.adapt()
             progress.update()
             progress.set_postfix(loss=f"{loss:.4f}", mean=f"{np.mean(self.losses[-200:]):.4f}", refresh=False)
             now = time.monotonic()

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 TINY = [
-    *("pictures={train:8,held_out:4,workers:1}", "autoencoder.widths=[8,8,8]"),
+    *("pictures={train:8,held_out:4,workers:1,sided:false}", "autoencoder.widths=[8,8,8]"),
     *("autoencoder.steps=3", "autoencoder.batch_size=2", "autoencoder.warm_up=1", "autoencoder.decay=0.4"),
     *("denoiser.unet.block_out_channels=[8,8,8]", "denoiser.unet.norm_num_groups=4"),
     "denoiser.text={hidden_size:8,intermediate_size:8,num_hidden_layers:1,num_attention_heads:2}",

@@ -84,6 +84,12 @@ def drawn() -> list[Scene]:
 
 
 @pytest.fixture(scope="session")
+def sided() -> list[Scene]:
+    """The same 2,500 scenes with people whose sides can be told."""
+    return [draw_scene((6, 0, index), sided=True) for index in range(2500)]
+
+
+@pytest.fixture(scope="session")
 def distance() -> Callable[..., Tensor]:
     """Signed distances (...) of points (3, ...) from capsules: `distance(points, start, end, radius)`.
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data_prep.marionette.body_parts import PARTS, palette
+from data_prep.marionette.body_parts import OWN_LIMBS, PARTS, palette
 from data_prep.marionette.materials import (
     CLOTH_CONTRAST,
     SHADOWLESS,
@@ -25,7 +25,7 @@ from data_prep.marionette.scene import FOCAL, Camera, Thing
 from data_prep.marionette.scene_sampling import draw_scene
 from data_prep.marionette.skeleton import place_on_ground
 from data_prep.marionette.stage import CAPSULE_INSTANCE, set_stage
-from data_prep.marionette.vocabulary import GROUNDS, SKIES
+from data_prep.marionette.vocabulary import COLORS, GROUNDS, SKIES
 
 PLAIN, STRIPES, CHECKS, PATCHES = range(len(TEXTURES))
 CAPSULES = len(CAPSULE_INSTANCE)  # of a scene
@@ -87,6 +87,19 @@ def test_people_are_painted_with_their_clothes_and_patterns(person):
     assert worn["shirt"].color == colors["shirt"] and worn["shirt"].phase == 0.4
     assert 0 < worn["skin"].contrast < worn["shirt"].contrast and 0 < worn["hair"].contrast < CLOTH_CONTRAST
     assert worn["hat"].color == (0, 0, 0)
+
+
+def test_a_sleeve_of_its_own_colour_reaches_to_the_wrist_and_has_the_pattern_of_the_shirt(person):
+    someone = person(worn={"shirt_pattern": "checks", "left_sleeve": "green", "left_leg": "white"})
+    colors = palette(someone.identity)
+    materials = {part.label: paint_part(part, colors, someone) for part in PARTS}
+    for part in ("upper_arm", "forearm"):
+        assert (materials[f"left_{part}"].color, materials[f"left_{part}"].texture) == (COLORS["green"], "checks")
+    for part in ("thigh", "shin"):
+        assert (materials[f"left_{part}"].color, materials[f"left_{part}"].texture) == (COLORS["white"], "plain")
+    others = {label: material for label, material in materials.items() if label not in OWN_LIMBS or "right" in label}
+    plain = person(worn={"shirt_pattern": "checks"})
+    assert others == {part.label: paint_part(part, colors, plain) for part in PARTS if part.label in others}
 
 
 def test_light_by_hand(scene):

@@ -186,3 +186,32 @@ def test_what_lies_below_the_ground_is_not_seen(scene, person, shoot, kind, heig
     assert len(column) > 10 and column.max().item() == pytest.approx(y, abs=1.2)
     ground = 1 / backdrop([one], stage.views, torch.zeros(128 * 128, dtype=torch.bool), 128).depth.view(128, 128)
     assert (stills.depth[0] >= ground - 1e-5).all()
+
+
+@pytest.mark.parametrize("limb", ["right_sleeve", "left_leg"])
+def test_an_own_limb_changes_nothing_but_that_limb(shoot, scene, person, limb):
+    side, garment = limb.split("_")
+    parts = {"sleeve": ("upper_arm", "forearm"), "leg": ("thigh", "shin")}[garment]
+    labels = torch.tensor([LABELS.index(f"{side}_{part}") for part in parts])
+    for yaw in (-0.6, 0.0, 0.6, math.pi):
+        pose = {"yaw": yaw, "right_arm_spread": 1.0, "left_arm_spread": 1.0}
+        one, other = (scene(person(worn=worn, **pose)) for worn in ({}, {limb: "white"}))
+        before, after = shoot(one), shoot(other)
+        for name in ("keypoints", "depth", "instances", "parts", "edges"):
+            assert torch.equal(getattr(before, name), getattr(after, name)), name
+        cells = torch.isin(shoot(one, resolution=128, supersampling=1).parts[0], labels).unflatten(0, (64, 2))
+        worn = cells.unflatten(2, (64, 2)).any(3).any(1)
+        changed = (before.image[0] != after.image[0]).any(0)
+        assert not (changed & ~worn).any() and changed.sum() > 30
+
+
+def test_sided_images_are_those_of_sided_scenes():
+    seeds = [(7001, 0, index) for index in range(24)]
+    plain, sided = render(seeds), render(seeds, sided=True)
+    assert sided.prompt == [draw_scene(seed, sided=True).prompt for seed in seeds] != plain.prompt
+    for name in ("keypoints", "depth", "parts"):
+        assert torch.equal(getattr(plain, name), getattr(sided, name)), name
+    limbs = {f"{side}_{limb}" for side in ("right", "left") for limb in ("sleeve", "leg")}
+    own = torch.tensor([any(limbs & set(who) for who in people) for people in sided.identity])
+    changed = (plain.image != sided.image).flatten(1).any(1)
+    assert not (changed & ~own).any() and changed.sum() > 5

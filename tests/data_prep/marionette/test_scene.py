@@ -1,5 +1,6 @@
 """The distribution of scenes: its frequencies, ranges, places and captions."""
 
+import hashlib
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -218,3 +219,62 @@ def test_prompts_name_the_clothes_and_the_place(drawn, scene, person):
 def test_glasses_are_named_when_they_face_the_camera(scene, person, yaw, head_yaw, camera, seen):
     one = scene(person(worn={"glasses": True}, yaw=yaw, head_yaw=head_yaw), camera=Camera(yaw=camera))
     assert ("glasses" in one.prompt.split()) == (one.attributes["glasses"] == "yes") == seen
+
+
+def test_sided_scenes_differ_in_nothing_but_words_and_own_limbs(drawn, sided):
+    def plain(someone):
+        own = {f"{side}_{limb}" for side in ("right", "left") for limb in ("sleeve", "leg")}
+        identity = {name: value for name, value in someone.identity.items() if name not in own}
+        return replace(someone, identity=identity, names_facing=False)
+
+    assert not any(someone.names_facing for one in drawn for someone in one.people)
+    assert [replace(one, people=tuple(map(plain, one.people))) for one in sided] == drawn
+
+
+def test_own_limbs_are_of_one_side_and_of_another_colour(sided):
+    people = [someone.identity for one in sided for someone in one.people]
+    found = {f"{side}_{limb}": 0 for side in ("right", "left") for limb in ("sleeve", "leg")}
+    for worn in people:
+        own = [name for name in found if name in worn]
+        assert len({name.split("_")[0] for name in own}) <= 1
+        for name in own:
+            found[name] += 1
+            assert worn[name] in COLORS and worn[name] != worn["shirt" if name.endswith("sleeve") else "trousers"]
+            if name.endswith("sleeve"):
+                assert UNSEEN_PAIRS[worn[name]] != worn["trousers"]
+            else:
+                assert UNSEEN_PAIRS[worn["shirt"]] != worn[name]
+    sigma = math.sqrt(0.125 * 0.875 / len(people))
+    assert all(count / len(people) == pytest.approx(0.125, abs=4 * sigma) for count in found.values())
+
+
+@pytest.mark.parametrize(
+    ("yaw", "camera", "said"),
+    [
+        (0, 0, "front"), (0.68, 0, "front"), (0.7, 0, None), (0.87, 0, None), (0.89, 0, "right"), (-0.89, 0, "left"),
+        (math.pi, 0, "back"), (-math.pi / 2, 0, "left"), (0, math.pi / 2, "left"), (1, 1, "front"), (7, 0, None),
+    ],
+)  # fmt: skip
+def test_the_prompt_says_which_way_a_person_faces_unless_it_is_between_two(scene, person, yaw, camera, said):
+    one = scene(replace(person(yaw=yaw), names_facing=True), camera=Camera(yaw=camera))
+    turned = f" facing {said}" if said else ""
+    assert one.prompt == f"a person{turned} with short black hair in a red shirt and blue trousers on grass at day"
+    assert "facing" not in scene(person(yaw=yaw), camera=Camera(yaw=camera)).prompt
+
+
+@pytest.mark.parametrize(("word", "sign"), [("left", -1), ("right", 1)])
+def test_left_and_right_are_those_of_the_image(scene, person, word, sign):
+    nose, neck = KEYPOINTS.index("nose"), KEYPOINTS.index("neck")
+    for yaw in np.linspace(math.pi / 4 + 0.11, 3 * math.pi / 4 - 0.11, 9):
+        one = scene(replace(person(yaw=sign * yaw), names_facing=True))
+        found = keypoints(set_stage([one]), 64)[0, 0, :, 0]
+        assert f"facing {word} " in one.prompt and sign * (found[nose] - found[neck]) > 1
+
+
+def test_scenes_that_are_not_sided_are_what_they_were():
+    """What the shipped model was trained on: a digest of scenes and prompts as they were before there were sides."""
+    fields = ("identity", "pose", "place", "phase", "names_hair")
+    drawn = [draw_scene((7001, 0, index)) for index in range(200)]
+    people = [[getattr(someone, name) for name in fields] for one in drawn for someone in one.people]
+    rest = [(one.kind, one.sky, one.ground, one.camera, one.light, one.things, one.phase, one.prompt) for one in drawn]
+    assert hashlib.sha256(repr((people, rest)).encode()).hexdigest()[:16] == "8db0ed0e44d4be4e"

@@ -1,13 +1,20 @@
 """The vocabulary against what scenes say, and attributes against what people wear."""
 
+import math
+from dataclasses import replace
+
+import pytest
+
 from data_prep.marionette.scene import Scene
 from data_prep.marionette.vocabulary import (
     ATTRIBUTES,
     COLORS,
+    SIDED_VOCABULARY,
     UNSEEN_PAIRS,
     VOCABULARY,
     describe_person,
     describe_scene,
+    facing,
     read_person,
 )
 
@@ -83,3 +90,38 @@ def test_attributes_of_drawn_scenes_are_all_that_applies_and_known_values(drawn)
     assert {name: {one.attributes.get(name) for one in drawn} - {None} for name in ATTRIBUTES} == {
         name: set(values) for name, values in ATTRIBUTES.items()
     }
+
+
+def test_sided_prompts_hold_the_words_of_their_vocabulary_and_no_others(sided):
+    words = {word for one in sided for word in one.prompt.split()}
+    assert words == set(SIDED_VOCABULARY) and len(SIDED_VOCABULARY) == len(words)
+    assert all(word.isalpha() and word.islower() for word in SIDED_VOCABULARY)
+
+
+def test_no_sided_prompt_is_longer_than_69_words(sided, scene, person):
+    worn = {"hat": "green", "glasses": True, "left_sleeve": "blue", "left_leg": "white"}
+    dressed = replace(person(worn=worn), names_facing=True)
+    longest = scene(dressed, dressed, kind="two").prompt.split()
+    assert max(len(one.prompt.split()) for one in sided) <= len(longest) == 69
+
+
+@pytest.mark.parametrize(
+    ("degrees", "word"),
+    [
+        (0, "front"), (44, "front"), (-44, "front"), (46, "right"), (134, "right"), (136, "back"), (180, "back"),
+        (-136, "back"), (-134, "left"), (-46, "left"), (360, "front"), (-450, "left"), (810, "right"),
+    ],
+)  # fmt: skip
+def test_a_turn_in_a_word(degrees, word):
+    assert facing(math.radians(degrees)) == word
+
+
+def test_a_sided_person_in_words(person):
+    worn = person(worn={"left_sleeve": "green", "left_leg": "white", "hat": "black"}).identity
+    assert describe_person(worn, portrait=False, glasses=False, hair=True, facing="back") == (
+        "a person facing back with short black hair in a red shirt with a green left sleeve and blue trousers with a "
+        "white left leg and a black hat"
+    )
+    assert describe_person(worn, portrait=True, glasses=False, hair=False, facing="left") == (
+        "a person facing left in a red shirt with a green left sleeve and a black hat"
+    )

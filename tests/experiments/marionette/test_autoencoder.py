@@ -96,3 +96,13 @@ def test_a_seed_decides_and_other_images_are_refused(
     moved = images._replace(name="another-world")
     with pytest.raises(ValueError, match=f"pictures={images.name}.* pictures=another-world"):
         train_autoencoder(moved, moved.image[:4], other, tmp_path, 0.0)
+
+
+def test_a_saved_autoencoder_can_be_where_it_starts(
+    images: Renders, settings: dict[str, Any], autoencoder: Path, tmp_path: Path
+) -> None:
+    still = settings["autoencoder"] | {"start": str(autoencoder / "model"), "steps": 1, "learning_rate": 0.0}
+    train_autoencoder(images, images.image[:4], still, tmp_path, float("inf"))
+    name = "model/diffusion_pytorch_model.safetensors"
+    weights, former = (load_file(folder / name) for folder in (tmp_path, autoencoder))
+    assert all(torch.equal(weights[key], former[key]) for key in former)

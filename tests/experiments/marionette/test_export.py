@@ -1,11 +1,16 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from experiments.marionette.train import export
+from experiments.marionette.denoiser import train_denoiser
+from experiments.marionette.renders import Renders
+from experiments.marionette.train import export, run
 
 
 def names(folder: Path) -> set[str]:
@@ -55,3 +60,54 @@ def test_an_export_that_is_killed_leaves_the_old_folder(
     export(trained / "model", output)
     assert json.loads((output / "unet/config.json").read_text())["in_channels"] == 4
     assert [path.name for path in tmp_path.iterdir()] == ["marionette"]
+
+
+def test_a_training_under_way_is_exported_and_left_alone(
+    images: Renders, settings: dict[str, Any], autoencoder: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(autoencoder, work / "autoencoder")
+    arguments = (images.prompt, work / "autoencoder", settings["denoiser"], work / "unet", 0.0)
+    assert train_denoiser(*arguments) == "not done yet"
+    shutil.copy(work / "unet/checkpoint.pt", work / "unet/hour-001.pt")
+    assert train_denoiser(*arguments) == "not done yet"
+    before = {name: (work / name).read_bytes() for name in names(work)}
+    unet = {}
+    for chosen in (["hour-001.pt"], ["checkpoint.pt"], ["hour-001.pt", "checkpoint.pt"]):
+        output = tmp_path / "-".join(chosen)
+        places = {"stage": "export", "folder": str(work), "export": str(output), "checkpoints": chosen}
+        assert run(settings | places, "")
+        pipeline = StableDiffusionPipeline.from_pretrained(output / "marionette", dtype=torch.float16)
+        assert pipeline.unet.config.sample_size == 16 and pipeline.tokenizer.model_max_length == 48
+        states = [torch.load(work / "unet" / name, weights_only=True)["average"] for name in chosen]
+        unet[len(unet)] = pipeline.unet.state_dict()
+        for part in ("unet", "text_encoder"):
+            for name, weight in getattr(pipeline, part).state_dict().items():
+                mean = sum(state[f"{part}.{name}"].double() for state in states) / len(states)
+                assert torch.equal(weight, mean.float().half()), name
+    assert any(not torch.equal(unet[0][name], unet[1][name]) for name in unet[0])
+    assert {name: (work / name).read_bytes() for name in names(work)} == before
+
+
+def test_an_export_of_what_does_not_belong_together_is_refused(
+    images: Renders, settings: dict[str, Any], autoencoder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(autoencoder, tmp_path / "work/autoencoder")
+    places = {"stage": "export", "folder": str(tmp_path / "work"), "export": str(tmp_path)}
+    for seed in (1, 2):
+        chosen = settings["denoiser"] | {"seed": seed, "steps": 9}
+        train_denoiser(images.prompt, autoencoder, chosen, tmp_path / f"{seed}", 0.0)
+    (tmp_path / "work/unet").mkdir()
+    for seed in (1, 2):
+        shutil.copy(tmp_path / f"{seed}/checkpoint.pt", tmp_path / f"work/unet/{seed}.pt")
+    with pytest.raises(ValueError, match=r"2\.pt.* seed=1.* seed=2"):
+        run(settings | places | {"checkpoints": ["1.pt", "2.pt"]}, "")
+    with pytest.raises(ValueError, match=r"checkpoints=.*\[\]"):
+        run(settings | places | {"checkpoints": []}, "")
+    with pytest.raises(FileNotFoundError, match=r"3\.pt"):
+        run(settings | places | {"checkpoints": ["3.pt"]}, "")
+    config = tmp_path / "work/autoencoder/model/config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"autoencoder=\w{16}.* autoencoder=\w{16}"):
+        run(settings | places | {"checkpoints": ["1.pt"]}, "")
+    assert not (tmp_path / "marionette").exists()

@@ -10,11 +10,11 @@ from diffusers import StableDiffusionPipeline
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from data_prep.marionette.vocabulary import ATTRIBUTES, VOCABULARY
+from data_prep.marionette.render import render
+from data_prep.marionette.vocabulary import ATTRIBUTES
 from experiments.marionette.autoencoder import make_autoencoder
-from experiments.marionette.denoiser import Denoiser, make_pipeline
-from experiments.marionette.tokenizer import make_tokenizer
-from experiments.marionette.train import STAGES, export, main, run
+from experiments.marionette.denoiser import Denoiser, know_words, make_pipeline
+from experiments.marionette.train import STAGES, export, load, main, run
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.detectors.attributes import AttributeClassifier
 from rg.detectors.keypoints import KeypointDetector
@@ -63,7 +63,7 @@ def test_the_command_goes_on_and_says_what_to_do(
     training: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["preset=cpu", f"folder={tmp_path}/work", f"export={tmp_path}/models", "autoencoder.widths=[8,8]"]
-    words += ["pictures={train:8,held_out:4,workers:1}", "autoencoder.steps=2", "autoencoder.batch_size=2"]
+    words += ["pictures={train:8,held_out:4,workers:1,sided:false}", "autoencoder.steps=2", "autoencoder.batch_size=2"]
     for more in (["stage=autoencoder", "max_minutes=0"], ["stage=autoencoder"]):
         monkeypatch.setattr(sys, "argv", ["train_marionette", *words, *more])
         main()
@@ -85,14 +85,14 @@ def test_stages_come_in_their_order(training: Callable[..., dict[str, Any]], tmp
         run(training(tmp_path, "stage=unet", "pictures.train=7"), "")
 
 
-@pytest.mark.parametrize("preset", ["cpu", "gpu"])
+@pytest.mark.parametrize("preset", ["cpu", "gpu", "day"])
 def test_what_a_preset_ships_is_small(root: Path, tmp_path: Path, preset: str) -> None:
     with initialize_config_dir(config_dir=str(root / "conf"), version_base="1.3"):
         composed = compose("experiments/marionette_train", [f"preset={preset}"])
         judges = [compose(f"experiments/marionette_{name}") for name in ("detector", "classifier")]
     settings = OmegaConf.to_container(composed, resolve=True)
     make_autoencoder(settings["autoencoder"]["widths"], 64, seed=0).save_pretrained(tmp_path / "vae")
-    tokenizer = make_tokenizer(VOCABULARY, settings["denoiser"]["tokens"])
+    tokenizer, _ = know_words(settings["denoiser"])
     denoiser = Denoiser(settings["denoiser"]["unet"], settings["denoiser"]["text"], tokenizer, 16)
     make_pipeline(denoiser, tokenizer, tmp_path / "vae").save_pretrained(tmp_path / "trained")
     detector, classifier = judges
@@ -106,3 +106,12 @@ def test_what_a_preset_ships_is_small(root: Path, tmp_path: Path, preset: str) -
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "models/marionette", dtype=torch.float16)
     weights = loaded.unet.state_dict()
     assert all(torch.equal(weights[name], weight.half()) for name, weight in denoiser.unet.state_dict().items())
+
+
+def test_a_sided_training_renders_sided_scenes(training: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    plain, sided = (
+        load(training(tmp_path, f"pictures.sided={words}", "pictures.train=5"), "train") for words in ("false", "true")
+    )
+    expected = render([(7001, 0, index) for index in range(5)], sided=True)
+    assert torch.equal(sided.image, expected.image) and sided.prompt == expected.prompt
+    assert sided.name != plain.name and not any("facing" in prompt for prompt in plain.prompt)

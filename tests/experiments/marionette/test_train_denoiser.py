@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from data_prep.marionette.scene_sampling import draw_scene
 from experiments.marionette.denoiser import train_denoiser
 from experiments.marionette.renders import Renders
 
@@ -41,3 +42,14 @@ def test_a_seed_decides_and_another_autoencoder_is_refused(
     config.write_text(config.read_text() + "\n")
     with pytest.raises(ValueError, match=r"autoencoder=\w{16}.* autoencoder=\w{16}"):
         train_denoiser(images.prompt, tmp_path / "autoencoder", other, tmp_path / "unet", 0.0)
+
+
+def test_the_tokenizer_of_a_sided_training_knows_its_words(
+    settings: dict[str, Any], autoencoder: Path, tmp_path: Path
+) -> None:
+    prompts = [draw_scene((3, 0, index), sided=True).prompt for index in range(8)]
+    sided = settings["denoiser"] | {"sided": True, "tokens": 72, "steps": 1}
+    assert train_denoiser(prompts, autoencoder, sided, tmp_path, float("inf")) == "done"
+    tokenizer = StableDiffusionPipeline.from_pretrained(tmp_path / "model").tokenizer
+    assert tokenizer.model_max_length == 72
+    assert all(len(tokenizer(prompt).input_ids) == 2 + len(prompt.split()) for prompt in prompts)

@@ -98,3 +98,25 @@ def test_seconds_grow_with_every_call(tmp_path: Path) -> None:
     first = read_seconds(tmp_path)
     train(tmp_path)
     assert 100 < first < read_seconds(tmp_path) < 160
+
+
+def test_without_a_number_of_steps_training_goes_on_until_one_is_given(tmp_path: Path) -> None:
+    for step in range(1, 4):  # of 5, of which the last 2 have a falling rate
+        endless = train(tmp_path / "endless", PAST, steps=None)
+        assert endless.step == step and not endless.finished
+        assert endless.learning_rate() == 0.1
+    assert_same(train(tmp_path / "endless"), train(tmp_path / "whole"))
+
+
+def test_a_checkpoint_is_kept_after_every_hour_of_work(tmp_path: Path) -> None:
+    train(tmp_path, PAST)
+    assert not list(tmp_path.glob("hour-*"))
+    first = tmp_path / "hour-001.pt"
+    for seconds in (3600, 3700, 7000):
+        tmp_path.joinpath("seconds.txt").write_text(f"{seconds}\n")
+        train(tmp_path, PAST)
+        assert torch.load(first, weights_only=True)["step"] == 2
+    tmp_path.joinpath("seconds.txt").write_text("18001\n")
+    train(tmp_path)
+    assert [path.name for path in sorted(tmp_path.glob("hour-*"))] == ["hour-001.pt", "hour-005.pt"]
+    assert torch.load(tmp_path / "hour-005.pt", weights_only=True)["step"] == 5
