@@ -142,6 +142,8 @@ def check_overrides(config_name: str, words: Sequence[str]) -> None:
         folder = CONF / group.split("@")[0]
         if not value or not re.fullmatch(r"[\w/]+", folder.relative_to(CONF).as_posix()) or not folder.is_dir():
             continue
+        if value.startswith("{"):  # the settings themselves, in place of a file's
+            continue
         files = {path.relative_to(folder).as_posix()[:-5] for path in folder.rglob("[!_]*.yaml")}
         for choice in value.split(",") if {"-m", "--multirun"} & set(words) else [value]:
             if choice not in files and choice != "null":
