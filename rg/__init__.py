@@ -5,12 +5,21 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "AppearanceHead": "rg.heads.appearance",
+    "CorrespondenceHead": "rg.heads.correspondence",
+    "DiffusionBackbone": "rg.backbone.diffusion",
+    "EnergyHead": "rg.heads.base",
     "FixedTarget": "rg.guidance.targets",
+    "FunctionHead": "rg.heads.base",
     "GuidanceTerm": "rg.guidance.guidance",
     "ReadoutGuidance": "rg.guidance.guidance",
     "ReadoutHead": "rg.heads.base",
     "ReferenceTarget": "rg.guidance.targets",
     "SpatialHead": "rg.heads.spatial",
+    "generate": "rg.generation",
+    "invert": "rg.backbone.inversion",
+    "load_control": "rg.io.images",
+    "load_head": "rg.heads",
 }
 __all__ = list(_HOMES)
 

@@ -51,7 +51,7 @@ class ReadoutImages(_Figures):
         rows = {name: (batch[name] + 1) / 2 for name in ("image", "label") if name in batch}
         with torch.no_grad():
             for timestep in head.hparams.val_timesteps:
-                rows[f"t = {timestep}"] = head.preview(head.read_at(batch, timestep))
+                rows[f"t = {timestep}"] = head.preview(head.readout_at(batch, timestep))
         # The images of a group stand side by side.
         self._publish(trainer, "readouts", image_grid({row: p.flatten(0, -4) for row, p in rows.items()}))
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from data_prep.marionette.stage import CAPSULE_INSTANCE, CAPSULE_LABEL, Stage, k
 from data_prep.marionette.vocabulary import SKIES
 
 CHUNK_RAYS = 8 * 128 * 128  # rays computed at once: what stays in a core's cache
+
+# A tensor, or a dataclass of tensors.
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def _color_hits(stage: Stage, hits: Hits, light: Tensor, brightness: Tensor, sid
     return stage.paint.color_at(own, hits.capsule) * shade(hits.normal, light[:, scene]) * brightness[scene]
 
 
-def _move(value: Any, device: torch.device) -> Any:
+def _move(value: Part, device: torch.device) -> Part:
     """A tensor, or a dataclass of tensors, on another device."""
     if isinstance(value, Tensor):
         return value.to(device)

@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rg.backbone.conditions import Condition, encode_condition
 from rg.backbone.features import predict
-from rg.guidance.energy import head_time
-from rg.heads.base import ReadoutHead
+from rg.heads.base import ReadoutHead, time_embedding
 
 # Energy (B,) of the edited images' readouts, given those of the references.
 Compare = Callable[[Tensor, Tensor], Tensor]
@@ -48,7 +47,7 @@ def released_gradient(
     factor = 1.0 if head.readout_span is None else (span / head.readout_span) ** 2
     with torch.enable_grad():
         features = checkpoint(features_of, x, use_reentrant=True)
-        time = head_time(head, pipe, timestep.expand(images))
+        time = time_embedding(head, pipe.unet, timestep.expand(images), pipe.scheduler.config.num_train_timesteps)
         energies = []
         for branch in (slice(0, 2 * images), slice(2 * images, None)):
             maps = [feature[branch].float() for feature in features]

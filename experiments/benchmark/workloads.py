@@ -15,9 +15,9 @@ from torch import Tensor
 
 from experiments.benchmark.architectures import build_backbone
 from experiments.benchmark.released import Compare, both_branches, sample_as_released
-from rg.backbone.features import predict, take_rows
+from rg.backbone.features import predict, select_rows
 from rg.cli import CONF
-from rg.guidance.energy import pull_back
+from rg.guidance.energy import gradient_at
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget, ReferenceTarget
 from rg.heads.base import ReadoutHead
@@ -169,11 +169,11 @@ class Bench:
     def _floor(self) -> None:
         """What no guidance of one branch can do without: two forwards and a backward per step."""
         inputs, images = both_branches(self.pipe, PROMPT, self.latents), self.settings.images
-        empty, given = (take_rows(inputs, rows, 2 * images) for rows in (slice(0, images), slice(images, 2 * images)))
+        empty, given = (select_rows(inputs, rows, 2 * images) for rows in (slice(0, images), slice(images, 2 * images)))
         for timestep in self.timesteps:
             x = self.latents.detach().requires_grad_()
             features = predict(self.pipe.unet, x, timestep, **empty).features
-            pull_back(features, [torch.ones_like(feature, dtype=torch.float32) for feature in features], x)
+            gradient_at(x, features, [torch.ones_like(feature, dtype=torch.float32) for feature in features])
             del features
             with torch.no_grad():
                 self.pipe.unet(self.latents, timestep, return_dict=False, **given)
@@ -216,7 +216,7 @@ def training_speed(bench: Bench, *, batch_size: int, steps: int) -> dict[str, fl
         if encode:
             drawn["latent_mean"], drawn["latent_std"] = backbone.encode(batch["image"])
         optimizer.zero_grad()
-        head.loss(head.read(*head.draw(drawn)), drawn).backward()
+        head.loss(head.readout(*head.sample_noise(drawn)), drawn).backward()
         optimizer.step()
 
     return {

@@ -59,7 +59,7 @@ def collect(
     rows: dict[str, dict[str, list[Tensor]]] = {row: {} for row in scores}
     with torch.no_grad():
         for batch in batches:
-            maps = reader.read_at(batch, timestep)
+            maps = reader.readout_at(batch, timestep)
             for row, (score, channels) in scores.items():
                 for name, values in score(maps[:, :, channels], batch).items():
                     rows[row].setdefault(name, []).append(values)

@@ -36,7 +36,7 @@ def spatial_estimates(head: SpatialHead, samples: Samples, batch_size: int = 16)
         parts = []
         with torch.no_grad():
             for batch in DataLoader(samples, batch_size=batch_size):
-                parts.append(score.read(head, head.read_at(batch, timestep), batch))
+                parts.append(score.read(head, head.readout_at(batch, timestep), batch))
         found, *truth = (torch.cat(values) for values in zip(*filter(None, parts), strict=True))
         results = []
         for readout in [found, *guesses(tuple(truth))]:

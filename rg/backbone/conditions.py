@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 # Relative difference of two text embeddings that is still rounding.
@@ -45,8 +46,12 @@ class Condition:
             inputs["added_cond_kwargs"] = added
         return inputs
 
+    def replace_in(self, held: dict[str, Any], rows: int, image_size: tuple[int, int]) -> dict[str, Any] | None:
+        """A denoiser's arguments `held` for `rows` rows under this condition; None where they say it already."""
+        return with_condition(held, self.inputs(rows, image_size, held["encoder_hidden_states"]))
 
-def encode_condition(pipe: Any, prompt: str, device: torch.device | None = None) -> Condition:
+
+def encode_condition(pipe: DiffusionPipeline, prompt: str, device: torch.device | None = None) -> Condition:
     """The condition of one prompt, by the pipeline's own text encoders.
 
     Raises:
@@ -71,7 +76,7 @@ def encode_condition(pipe: Any, prompt: str, device: torch.device | None = None)
     return Condition(encoded[0], encoded[2] if len(encoded) == 4 else None)
 
 
-def replaced(held: dict[str, Any], own: dict[str, Any]) -> dict[str, Any] | None:
+def with_condition(held: dict[str, Any], own: dict[str, Any]) -> dict[str, Any] | None:
     """A denoiser's arguments `held` under the condition `own` instead; None where they say the same already.
 
     Other entries, such as image embeddings, are kept; so are time ids of another form than the head's (the SDXL

@@ -5,14 +5,12 @@ et al., 2024, section 3.1). PixArt's transformer (Chen et al., 2024): the output
 the latents, laid out as a map.
 """
 
-from typing import Any
-
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import DiffusionPipeline, PixArtTransformer2DModel
 from torch import Tensor, nn
 
 
-def denoiser_name(pipe: Any) -> str:
+def denoiser_name(pipe: DiffusionPipeline) -> str:
     """The attribute of a pipeline that holds its denoiser: "unet" or "transformer".
 
     Raises:
@@ -29,12 +27,12 @@ def denoiser_name(pipe: Any) -> str:
     )
 
 
-def denoiser_of(pipe: Any) -> nn.Module:
+def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
     """A pipeline's denoiser; raises ValueError as `denoiser_name` does."""
     return getattr(pipe, denoiser_name(pipe))
 
 
-def is_transformer(denoiser: Any) -> bool:
+def is_transformer(denoiser: object) -> bool:
     """Whether a denoiser, compiled or not, is PixArt's transformer."""
     return isinstance(getattr(denoiser, "_orig_mod", denoiser), PixArtTransformer2DModel)
 
@@ -68,23 +66,6 @@ def tap_channels(denoiser: nn.Module) -> list[int]:
     return [getattr(tap, "base_layer", tap).out_channels for tap in taps(denoiser).values()]
 
 
-def as_map(output: Tensor, denoiser: nn.Module, sample: Tensor) -> Tensor:
-    """A tap's output on latents `sample` as (B, C, h, w): tokens (B, h * w, C) are patches, row by row."""
-    if output.ndim == 4:
-        return output
-    return output.transpose(1, 2).unflatten(2, (sample.shape[-2] // denoiser.config.patch_size, -1))
-
-
-def check_sample(denoiser: nn.Module, sample: Tensor) -> None:
-    """Raises ValueError when latents (B, C, h, w) are not made of whole patches."""
-    patch = getattr(denoiser.config, "patch_size", 1)
-    if any(side % patch for side in sample.shape[-2:]):
-        height, width = sample.shape[-2:]
-        raise ValueError(
-            f"latents: expected sides that are multiples of the transformer's patches of {patch}, got {height}x{width}"
-        )
-
-
 def _time_layers(denoiser: nn.Module) -> tuple[nn.Module, nn.Module]:
     """What makes sinusoids of time, and what embeds them."""
     if is_transformer(denoiser):
@@ -116,25 +97,26 @@ def latent_channels(denoiser: nn.Module) -> int:
 
 
 # What pipelines say of the batch that they give their denoiser.
-SAYS = "do_classifier_free_guidance"
+CFG_FLAG = "do_classifier_free_guidance"
 # Hooks of diffusers that take weights away, or change them in place, before a backward pass has read them.
-MOVING = {
+UNSUPPORTED_HOOKS = {
     "group_offloading": "group offloading",
     "lazy_prefetch_group_offloading": "group offloading",
     "layerwise_casting": "layerwise casting",
 }
 
 
-def check_pipeline(pipe: Any) -> None:
+def check_pipeline(pipe: DiffusionPipeline) -> None:
     """Raises ValueError when a pipeline's denoiser has no taps, no batch that guidance knows, or no backward pass."""
     name, denoiser = type(pipe).__name__, denoiser_of(pipe)
     taps(denoiser)
     if hasattr(type(pipe), "image_guidance_scale"):
         raise ValueError(f"pipeline: expected at most two branches of classifier-free guidance, {name} has three")
-    branches = hasattr(type(pipe), SAYS) or is_transformer(denoiser)
+    branches = hasattr(type(pipe), CFG_FLAG) or is_transformer(denoiser)
     if not branches or not hasattr(pipe, "encode_prompt"):
         raise ValueError(f"pipeline: expected one that makes images from text, got a {name}")
-    moving = {MOVING[hook] for part in denoiser.modules() for hook in _hook_names(part) if hook in MOVING}
+    hooks = {hook for part in denoiser.modules() for hook in _hook_names(part)}
+    moving = sorted({UNSUPPORTED_HOOKS[hook] for hook in hooks & UNSUPPORTED_HOOKS.keys()})
     if moving:
         raise ValueError(
             "pipeline: expected the denoiser's weights to stay in place until the backward pass, "

@@ -1,12 +1,14 @@
-"""The one place that touches diffusers' hooks: the features of a denoiser, and a hook around its forward call."""
+"""The features of a denoiser's call, and the rows of its arguments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from rg.backbone.denoiser import as_map, check_sample, taps
+from rg.backbone.denoiser import taps
+
+Nested = TypeVar("Nested")
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,20 @@ class Prediction:
 
 
 def predict(
-    denoiser: nn.Module, sample: Tensor, timestep: Tensor, *, forward: Callable[..., Any] | None = None, **inputs: Any
+    denoiser: nn.Module,
+    sample: Tensor,
+    timestep: Tensor,
+    *,
+    tapped: Sequence[nn.Module] | None = None,
+    forward: Callable[..., Any] | None = None,
+    **inputs: Any,
 ) -> Prediction:
     """One denoiser call that keeps its features; the only such call in training, sampling and evaluation.
 
     Args:
         sample: (B, C, h, w), the denoiser's input.
         timestep: scalar or (B,), in the scheduler's units.
+        tapped: the modules of `taps(denoiser)`, where they are known already.
         forward: what to call instead of the denoiser, from inside a hook on it.
         inputs: the denoiser's other arguments.
 
@@ -38,7 +47,12 @@ def predict(
     """
     check_sample(denoiser, sample)
     features: list[Tensor] = []
-    handles = [tap.register_forward_hook(lambda _m, _i, out: features.append(out)) for tap in taps(denoiser).values()]
+    tapped = list(taps(denoiser).values()) if tapped is None else tapped
+
+    def keep(_tap: nn.Module, _given: tuple[Any, ...], output: Tensor) -> None:
+        features.append(output)
+
+    handles = [tap.register_forward_hook(keep) for tap in tapped]
     try:
         times = timestep.expand(len(sample))
         output = (forward or denoiser)(sample, timestep=times, **{**inputs, "return_dict": False})[0]
@@ -54,7 +68,24 @@ def predict(
     return Prediction(output, [as_map(feature, denoiser, sample) for feature in features])
 
 
-def take_rows(value: Any, rows: slice, batch: int) -> Any:
+def as_map(output: Tensor, denoiser: nn.Module, sample: Tensor) -> Tensor:
+    """A tap's output on latents `sample` as (B, C, h, w): tokens (B, h * w, C) are patches, row by row."""
+    if output.ndim == 4:
+        return output
+    return output.transpose(1, 2).unflatten(2, (sample.shape[-2] // denoiser.config.patch_size, -1))
+
+
+def check_sample(denoiser: nn.Module, sample: Tensor) -> None:
+    """Raises ValueError when latents (B, C, h, w) are not made of whole patches."""
+    patch = getattr(denoiser.config, "patch_size", 1)
+    if any(side % patch for side in sample.shape[-2:]):
+        height, width = sample.shape[-2:]
+        raise ValueError(
+            f"latents: expected sides that are multiples of the transformer's patches of {patch}, got {height}x{width}"
+        )
+
+
+def select_rows(value: Nested, rows: slice, batch: int) -> Nested:
     """Rows of every tensor in `value` (nested in tuples, lists, dicts) whose first axis is the batch; the rest as is.
 
     Lists are new lists of clones: a U-Net consumes adapter residuals in place.
@@ -62,10 +93,10 @@ def take_rows(value: Any, rows: slice, batch: int) -> Any:
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and value.shape[0] == batch else value
     if isinstance(value, dict):
-        return {key: take_rows(item, rows, batch) for key, item in value.items()}
+        return {key: select_rows(item, rows, batch) for key, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(take_rows(item, rows, batch) for item in value)
+        return tuple(select_rows(item, rows, batch) for item in value)
     if isinstance(value, list):
-        taken = [take_rows(item, rows, batch) for item in value]
+        taken = [select_rows(item, rows, batch) for item in value]
         return [item.clone() if isinstance(item, Tensor) else item for item in taken]
     return value

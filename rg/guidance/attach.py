@@ -1,20 +1,21 @@
-"""Which diffusers pipelines guidance works on, and what it says of the others."""
+"""What is changed on a diffusers pipeline while guidance answers for its denoiser, and which pipelines are refused."""
 
 import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
+from rg.backbone.conditions import Condition, encode_condition
 from rg.backbone.denoiser import (
-    SAYS,
-    check_sample,
+    CFG_FLAG,
     condition_dim,
     denoiser_name,
     denoiser_of,
@@ -23,16 +24,47 @@ from rg.backbone.denoiser import (
     taps,
     time_embed_dim,
 )
+from rg.backbone.features import check_sample
+from rg.heads.base import EnergyHead, FunctionHead, ReadoutHead
+
+if TYPE_CHECKING:
+    from rg.guidance.guidance import ReadoutGuidance
 
 log = logging.getLogger(__name__)
 
+Step = TypeVar("Step", bound=Callable[..., Tensor])
 
-def check_head(head: Any, pipe: Any) -> None:
+
+@contextmanager
+def answering(
+    pipe: DiffusionPipeline,
+    guidance: "ReadoutGuidance",
+    make_step: "Callable[[ReadoutGuidance, DiffusionPipeline, Condition | None], Step]",
+) -> Iterator[Step]:
+    """Lets a step answer for the denoiser of `pipe` inside the context; afterwards the pipeline is as it was.
+
+    Raises:
+        ValueError: there is no rule for the pipeline, or a head was made for another.
+    """
+    for term in guidance.terms:
+        check_head(term.head, pipe)
+    condition = None
+    if guidance.prompt is not None and guidance.branch == "uncond":
+        condition = encode_condition(pipe, guidance.prompt)
+        pipe.maybe_free_model_hooks()  # an offloaded text encoder goes back
+    with uncompiled(pipe), expose_cfg_flag(pipe), raise_on_overflow(pipe):
+        step = make_step(guidance, pipe, condition)
+        with hooked(denoiser_of(pipe), step, checkpointing=guidance.checkpointing):
+            yield step
+
+
+def check_head(head: EnergyHead, pipe: DiffusionPipeline) -> None:
     """Raises ValueError when a head was made for another model, or is in another precision or place than it must be."""
-    if hasattr(head, "check_taps"):
+    network = head.function if isinstance(head, FunctionHead) else head
+    if isinstance(network, ReadoutHead):
         denoiser = denoiser_of(pipe)
-        head.check_taps(tap_channels(denoiser), time_embed_dim(denoiser), condition_dim(denoiser))
-    weight = next(head.parameters(), None) if isinstance(head, nn.Module) else None
+        network.check_taps(tap_channels(denoiser), time_embed_dim(denoiser), condition_dim(denoiser))
+    weight = next(network.parameters(), None) if isinstance(network, nn.Module) else None
     if weight is None:
         return
     if weight.dtype != torch.float32:
@@ -42,7 +74,7 @@ def check_head(head: Any, pipe: Any) -> None:
         raise ValueError(f"head: expected it on the pipeline's {device}, got {weight.device}: head.to({str(device)!r})")
 
 
-def check_call(pipe: Any, update: str) -> None:
+def check_call(pipe: DiffusionPipeline, update: str) -> None:
     """Raises ValueError when a running call has arguments that guidance has no rule for."""
     if getattr(pipe, "guidance_rescale", 0.0) > 0 and update == "score":
         raise ValueError("guidance_rescale: it would rescale the score update too; expected 0.0")
@@ -51,17 +83,19 @@ def check_call(pipe: Any, update: str) -> None:
 
 
 @contextmanager
-def outspoken(pipe: Any) -> Iterator[None]:
+def expose_cfg_flag(pipe: DiffusionPipeline) -> Iterator[None]:
     """Makes a pipeline say whether it guides by text. PixArt's have no such property: they tell their encode_prompt."""
-    if hasattr(type(pipe), SAYS):
+    if hasattr(type(pipe), CFG_FLAG):
         yield
         return
-    encode, names = pipe.encode_prompt, ("encode_prompt", SAYS)
+    encode, names = pipe.encode_prompt, ("encode_prompt", CFG_FLAG)
     before = {name: vars(pipe)[name] for name in names if name in vars(pipe)}
 
     @functools.wraps(encode)
-    def encode_prompt(prompt: Any, do_classifier_free_guidance: bool = True, *args: Any, **kwargs: Any) -> Any:
-        setattr(pipe, SAYS, do_classifier_free_guidance)
+    def encode_prompt(
+        prompt: str | list[str] | None, do_classifier_free_guidance: bool = True, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | None, ...]:
+        setattr(pipe, CFG_FLAG, do_classifier_free_guidance)
         return encode(prompt, do_classifier_free_guidance, *args, **kwargs)
 
     pipe.encode_prompt = encode_prompt
@@ -74,7 +108,7 @@ def outspoken(pipe: Any) -> Iterator[None]:
 
 
 @contextmanager
-def uncompiled(pipe: Any) -> Iterator[None]:
+def uncompiled(pipe: DiffusionPipeline) -> Iterator[None]:
     """Runs what contains a tap as plain code: compiled code runs no hooks. Other compiled parts stay compiled."""
     attribute, denoiser = denoiser_name(pipe), denoiser_of(pipe)
     plain = getattr(denoiser, "_orig_mod", denoiser)
@@ -115,7 +149,9 @@ class _DenoiserHook(ModelHook):
         super().__init__()
         self.call = call
 
-    def new_forward(self, module: nn.Module, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(
+        self, module: nn.Module, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
         if args:
             raise TypeError("a guided denoiser takes keyword arguments after (sample, timestep)")
         return_dict = kwargs.pop("return_dict", True)
@@ -124,7 +160,7 @@ class _DenoiserHook(ModelHook):
         if is_transformer(module):
             timestep = timestep.flatten()[0]  # PixArt's pipelines repeat it for every row
 
-        def forward(sample: Tensor, timestep: Tensor, **inputs: Any) -> Any:
+        def forward(sample: Tensor, timestep: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
             return self.fn_ref.original_forward(sample, timestep=timestep.expand(len(sample)), **inputs)
 
         output = self.call(forward, sample, timestep, **kwargs)
@@ -192,7 +228,7 @@ def hooked(denoiser: nn.Module, call: Callable[..., Tensor], *, checkpointing: b
 
 
 @contextmanager
-def watched(vae: Any) -> Iterator[None]:
+def raise_on_overflow(pipe: DiffusionPipeline) -> Iterator[None]:
     """Makes an autoencoder whose decoder overflows raise FloatingPointError, instead of giving black images."""
 
     def check(_decoder: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
@@ -206,7 +242,7 @@ def watched(vae: Any) -> Iterator[None]:
             "half precision"
         )
 
-    decoder = getattr(vae, "decoder", None)
+    decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
     if decoder is None:
         yield
         return
@@ -220,7 +256,7 @@ def watched(vae: Any) -> Iterator[None]:
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
-def check_scheduler(scheduler: Any, update: str) -> None:
+def check_scheduler(scheduler: SchedulerMixin, update: str) -> None:
     """Raises ValueError when there is no guidance rule for this scheduler."""
     name = type(scheduler).__name__
     if not hasattr(scheduler, "alphas_cumprod"):
@@ -234,18 +270,20 @@ def check_scheduler(scheduler: Any, update: str) -> None:
 
 
 @contextmanager
-def moved_samples(scheduler: Any, take_move: Callable[[], Tensor | None]) -> Iterator[None]:
-    """Adds `take_move()` to the sample of every scheduler step inside the context."""
+def shift_scheduler_input(scheduler: SchedulerMixin, pending_shift: Callable[[], Tensor | None]) -> Iterator[None]:
+    """Adds `pending_shift()` to the sample of every scheduler step inside the context."""
     step, own_step = scheduler.step, vars(scheduler).get("step")
 
     # Pipelines look at the signature to know whether the scheduler takes eta and a generator.
     @functools.wraps(step)
-    def moved_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        move = take_move()
-        moved = sample if move is None else (sample + move).to(sample.dtype)
-        return step(model_output, timestep, moved, *args, **kwargs)
+    def shifted_step(
+        model_output: Tensor, timestep: Tensor | float, sample: Tensor, *args: Any, **kwargs: Any
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        shift = pending_shift()
+        shifted = sample if shift is None else (sample + shift).to(sample.dtype)
+        return step(model_output, timestep, shifted, *args, **kwargs)
 
-    scheduler.step = moved_step
+    scheduler.step = shifted_step
     try:
         yield
     finally:

@@ -5,17 +5,18 @@ pipeline, its scheduler and its arguments stay the user's own.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from rg.backbone.conditions import encode_condition
-from rg.backbone.denoiser import check_pipeline, denoiser_of
-from rg.guidance.attach import check_head, check_scheduler, hooked, moved_samples, outspoken, uncompiled, watched
-from rg.guidance.step import GuidedRun, RecordingRun, StepTrace
+from rg.backbone.denoiser import check_pipeline
+from rg.guidance.attach import answering, check_scheduler, shift_scheduler_input
+from rg.guidance.step import GuidedStep, RecordedStep, StepTrace
 from rg.guidance.targets import FixedTarget, ReferenceTarget
+from rg.heads.base import EnergyHead, FunctionHead
 
 UPDATES = ("score", "adam")
 BRANCHES = ("uncond", "cond", "both")
@@ -32,18 +33,24 @@ class GuidanceTerm:
     """One summand of the energy: weight * head.energy(readout, target, **arguments).
 
     head: called as head(features, time_embedding). Without a target its result is itself the energy (B,), so that any
-        callable on features can guide.
+        callable on features can guide; a plain function becomes a FunctionHead.
     arguments: what else the energy reads, such as points or boxes; tensors are (1 or B, ...), one per image.
+
+    Raises:
+        TypeError: a target, and a head without an energy.
     """
 
-    head: Callable[[list[Tensor], Tensor | None], Tensor]
+    head: EnergyHead | Callable[[list[Tensor], Tensor | None], Tensor]
     target: FixedTarget | ReferenceTarget | None = None
     weight: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.target is not None and not hasattr(self.head, "energy"):
-            raise TypeError(f"a term with a target needs a head with an energy, got {type(self.head).__name__}")
+        if not isinstance(self.head, EnergyHead):
+            object.__setattr__(self, "head", FunctionHead(self.head))
+        if self.target is not None and isinstance(self.head, FunctionHead):
+            given = type(self.head.function).__name__
+            raise TypeError(f"a term with a target needs a head with all of rg.heads.base.EnergyHead, got a {given}")
 
 
 class ReadoutGuidance:
@@ -89,7 +96,7 @@ class ReadoutGuidance:
             raise ValueError(f"start, stop: expected 0 <= start <= stop <= 1, got {start} and {stop}")
         if not terms:
             raise ValueError("terms: expected at least one GuidanceTerm, got none")
-        prompts = {term.head.prompt for term in terms if hasattr(term.head, "prompt")}
+        prompts = {term.head.prompt for term in terms} - {None}
         if len(prompts) > 1:
             raise ValueError(f"terms: heads guide together only under one prompt, got {sorted(prompts)}")
         self.prompt: str | None = next(iter(prompts), None)
@@ -114,7 +121,7 @@ class ReadoutGuidance:
         return cls(terms, **{**PRESETS[name], **changes})
 
     @contextmanager
-    def attach(self, pipe: Any) -> Iterator[Self]:
+    def attach(self, pipe: DiffusionPipeline) -> Iterator[Self]:
         """Guides every call of `pipe` inside the context; afterwards the pipeline is as it was.
 
         Raises:
@@ -122,13 +129,13 @@ class ReadoutGuidance:
         """
         check_pipeline(pipe)
         check_scheduler(pipe.scheduler, self.update)
-        with self._hooked(pipe, GuidedRun) as run, ExitStack() as stack:
-            if self.update == "adam":
-                stack.enter_context(moved_samples(pipe.scheduler, run.take_move))
-            yield self
+        with answering(pipe, self, GuidedStep) as step:
+            shifting = self.update == "adam"
+            with shift_scheduler_input(pipe.scheduler, step.pending_shift) if shifting else nullcontext():
+                yield self
 
     @contextmanager
-    def record(self, pipe: Any) -> Iterator[Self]:
+    def record(self, pipe: DiffusionPipeline) -> Iterator[Self]:
         """Keeps what the terms' heads read of the images that `pipe` makes inside the context, unguided.
 
         Every ReferenceTarget gets the readouts of the last run, of this guidance's branch and window of steps.
@@ -140,19 +147,5 @@ class ReadoutGuidance:
         if not any(isinstance(term.target, ReferenceTarget) for term in self.terms):
             raise ValueError("terms: expected one with a ReferenceTarget to record, got none")
         check_pipeline(pipe)
-        with self._hooked(pipe, RecordingRun):
+        with answering(pipe, self, RecordedStep):
             yield self
-
-    @contextmanager
-    def _hooked(self, pipe: Any, kind: type[GuidedRun]) -> Iterator[GuidedRun]:
-        """Lets a run of this guidance answer for the pipeline's denoiser."""
-        for term in self.terms:
-            check_head(term.head, pipe)
-        condition = None
-        if self.prompt is not None and self.branch == "uncond":
-            condition = encode_condition(pipe, self.prompt)
-            pipe.maybe_free_model_hooks()  # an offloaded text encoder goes back
-        with uncompiled(pipe), outspoken(pipe), watched(getattr(pipe, "vae", None)):
-            run = kind(self, pipe, condition)
-            with hooked(denoiser_of(pipe), run, checkpointing=self.checkpointing):
-                yield run

@@ -2,18 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from rg.backbone.conditions import Condition, replaced
-from rg.backbone.denoiser import denoiser_of, latent_channels
-from rg.backbone.features import predict, take_rows
+from rg.backbone.conditions import Condition
+from rg.backbone.denoiser import denoiser_of, latent_channels, taps
+from rg.backbone.features import predict, select_rows
 from rg.guidance.attach import check_call
-from rg.guidance.energy import Energy, head_time, measure, pull_back
+from rg.guidance.energy import Reading, energy_and_gradient, readouts
 from rg.guidance.targets import ReferenceTarget
-from rg.guidance.updates import alpha_bar, noise_to_output, output_to_noise
+from rg.guidance.updates import adam, alpha_bar, score
+
+if TYPE_CHECKING:
+    from rg.guidance.guidance import ReadoutGuidance
+
+Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -30,155 +36,166 @@ class StepTrace:
     readouts: list[Tensor]
 
 
-class GuidedRun:
-    """One attachment: answers the denoiser's calls and counts the steps of the current sampling run."""
+class GuidedStep:
+    """Answers the denoiser's calls of one attachment, steered by the energy's gradient."""
 
-    def __init__(self, guidance: Any, pipe: Any, condition: Condition | None) -> None:
-        self.guidance, self.pipe, self.condition = guidance, pipe, condition
-        self.channels = latent_channels(denoiser_of(pipe))
-        self.timesteps: Tensor | None = None
-        self.step = 0
-        self.move: Tensor | None = None
+    def __init__(self, guidance: "ReadoutGuidance", pipe: DiffusionPipeline, condition: Condition | None) -> None:
+        self.guidance, self.pipe = guidance, pipe
+        self.clock = StepClock(pipe)
+        self.reader = FeatureReader(pipe, guidance.branch, condition)
+        self.shift: Tensor | None = None
 
-    def __call__(self, forward: Callable[..., Any], sample: Tensor, timestep: Tensor, **inputs: Any) -> Tensor:
-        guidance, step, total = self.guidance, *self._count_step()
-        if not guidance.start * total <= step < guidance.stop * total:
+    def __call__(self, forward: Forward, sample: Tensor, timestep: Tensor, **inputs: Any) -> Tensor:
+        """The denoiser's output (B, C', h, w) for its input `sample`, both branches of text guidance in one batch."""
+        guidance = self.guidance
+        if self.clock.advance():
+            guidance.trace.clear()
+            self.shift = None
+            check_call(self.pipe, guidance.update)
+        if not self.clock.is_within(guidance.start, guidance.stop):
             return forward(sample, timestep, return_dict=False, **inputs)[0]
-        images = len(sample) // 2 if self.pipe.do_classifier_free_guidance else len(sample)
-        rows, guided_inputs, shared = self._guided_rows(inputs, sample, images)
-        output, energy, gradient = self._read(forward, sample[rows], timestep, guided_inputs, images, step)
+        reading = self.reader.read(forward, sample, timestep, inputs, step=self.clock.step, with_gradient=True)
+        energy, gradient = energy_and_gradient(guidance.terms, reading, range_factor=guidance.latent_range_factor)
         if guidance.update == "adam":
-            delta = self.move = -guidance.learning_rate * gradient / (gradient.abs() + 1e-8)
-            output = forward(shifted(sample, delta), timestep, return_dict=False, **inputs)[0]
+            delta = self.shift = adam(gradient, guidance.learning_rate)
+            output = forward(add_to_branches(sample, delta), timestep, return_dict=False, **inputs)[0]
         else:
-            delta = self._output_change(gradient, output[:images], sample[rows][:images], timestep)
-            if not shared:
-                output = forward(sample, timestep, return_dict=False, **inputs)[0]
-            elif len(output) < len(sample):
-                output = self._complete(output, rows, forward, sample, timestep, inputs)
-            output = shifted(output, delta)
-        self._record(step, timestep, energy, gradient, delta, shared)
-        return output
-
-    def _read(
-        self, forward: Callable[..., Any], rows: Tensor, timestep: Tensor, inputs: Any, images: int, step: int
-    ) -> tuple[Tensor, Energy, Tensor]:
-        """The denoiser's output for rows of x_t, the energy of their features, and its gradient at the latents, summed
-        over branches: (images, C, h, w). The graph is gone when this returns."""
-        with torch.enable_grad():
-            x = rows.detach().requires_grad_()
-            prediction = predict(denoiser_of(self.pipe), x, timestep, forward=forward, **inputs)
-        latent = x.detach()[:, : self.channels]
-        energy = measure(self.guidance, self.pipe, prediction.features, latent, timestep, images, step)
-        self._check_finite("energy", energy.value, timestep)
-        gradient = pull_back(prediction.features, energy.slopes, x)[:, : self.channels]
-        gradient = gradient.unflatten(0, (-1, images)).sum(0)
-        self._check_finite("gradient", gradient, timestep)
-        return prediction.output.detach(), energy, gradient
-
-    def take_move(self) -> Tensor | None:
-        """The move of x_t that the scheduler's coming step has to start from, once."""
-        move, self.move = self.move, None
-        return move
-
-    def _count_step(self) -> tuple[int, int]:
-        scheduler = self.pipe.scheduler
-        # Every run sets new timesteps, also one that follows a run that was broken off.
-        if self.timesteps is not scheduler.timesteps:
-            self.timesteps, self.step, self.move = scheduler.timesteps, 0, None
-            self.guidance.trace.clear()
-            check_call(self.pipe, self.guidance.update)
-        self.step += 1
-        return self.step - 1, getattr(self.pipe, "num_timesteps", len(scheduler.timesteps))
-
-    def _guided_rows(self, inputs: dict[str, Any], sample: Tensor, images: int) -> tuple[slice, dict[str, Any], bool]:
-        """Rows that guidance reads, their inputs, and whether the pipeline's own prediction is shared."""
-        batch, factor = len(sample), self.pipe.vae_scale_factor
-        rows = {
-            "uncond": slice(0, images),
-            "cond": slice(batch - images, batch),
-            "both": slice(0, batch),
-        }[self.guidance.branch]
-        taken = take_rows(inputs, rows, batch)
-        if self.condition is None:
-            return rows, taken, True
-        image_size = (sample.shape[-2] * factor, sample.shape[-1] * factor)
-        own = self.condition.inputs(images, image_size, taken["encoder_hidden_states"])
-        changed = replaced(taken, own)
-        return rows, taken if changed is None else changed, changed is None
-
-    def _output_change(self, gradient: Tensor, output: Tensor, x: Tensor, timestep: Tensor) -> Tensor:
-        """The score rule: readout_scale * sqrt(1 - abar_t) * gradient, in the model's own prediction type."""
-        prediction_type = self.pipe.scheduler.config.prediction_type
-        abar = alpha_bar(self.pipe.scheduler, timestep).to(gradient)
-        if self.guidance.normalize == "rms":
-            output, x = output[:, : self.channels].float(), x[:, : self.channels].float()
-            noise = output_to_noise(output, x, prediction_type, abar)
-            size = gradient.flatten(1).square().mean(1).sqrt().clamp_min(1e-12)
-            reference = noise.flatten(1).square().mean(1).sqrt()
-            gradient = gradient * (reference / size).view(-1, 1, 1, 1)
-        delta = self.guidance.readout_scale * (1 - abar).sqrt() * gradient
-        return noise_to_output(delta, prediction_type, abar)
-
-    def _complete(
-        self, output: Tensor, rows: slice, forward: Callable[..., Any], sample: Tensor, timestep: Tensor, inputs: Any
-    ) -> Tensor:
-        """The prediction of all rows, given that of the guided ones."""
-        batch = len(sample)
-        others = slice(rows.stop, batch) if rows.start == 0 else slice(0, rows.start)
-        rest = forward(sample[others], timestep, return_dict=False, **take_rows(inputs, others, batch))[0]
-        return torch.cat([output, rest] if rows.start == 0 else [rest, output])
-
-    def _check_finite(self, name: str, value: Tensor, timestep: Tensor) -> None:
-        bad = [row for row, part in enumerate(value.isfinite()) if not part.all()]
-        if bad:
-            where = f"guidance step {self.step - 1} (t={timestep.item():g})"
-            raise FloatingPointError(f"{where}: {name} is not finite for rows {bad}")
-
-    def _record(
-        self, step: int, timestep: Tensor, energy: Energy, gradient: Tensor, delta: Tensor, shared: bool
-    ) -> None:
-        self.guidance.trace.append(
+            delta = score(
+                gradient,
+                reading.output[: reading.images, : gradient.shape[1]],
+                reading.latent[: reading.images],
+                alpha_bar(self.pipe.scheduler, timestep).to(gradient),
+                scale=guidance.readout_scale,
+                prediction_type=self.pipe.scheduler.config.prediction_type,
+                normalize=guidance.normalize,
+            )
+            output = add_to_branches(self.reader.complete(reading, forward, sample, timestep, inputs), delta)
+        guidance.trace.append(
             StepTrace(
-                step=step,
+                step=reading.step,
                 timestep=timestep.item(),
                 energy=energy.value.unflatten(0, (-1, len(gradient))).sum(0).cpu(),
                 gradient_norm=gradient.flatten(1).norm(dim=1).cpu(),
                 delta_norm=delta.flatten(1).norm(dim=1).cpu(),
-                condition="shared" if shared else "own",
-                readouts=energy.readouts if self.guidance.keep_readouts else [],
+                condition="shared" if reading.shared else "own",
+                readouts=energy.readouts if guidance.keep_readouts else [],
             )
         )
+        return output
+
+    def pending_shift(self) -> Tensor | None:
+        """The change of x_t that the scheduler's coming step has to start from, once."""
+        shift, self.shift = self.shift, None
+        return shift
 
 
-def shifted(value: Tensor, delta: Tensor) -> Tensor:
+class RecordedStep:
+    """Answers the denoiser's calls as it would itself, and stores readouts for the terms with a ReferenceTarget."""
+
+    def __init__(self, guidance: "ReadoutGuidance", pipe: DiffusionPipeline, condition: Condition | None) -> None:
+        self.guidance, self.pipe = guidance, pipe
+        self.clock = StepClock(pipe)
+        self.reader = FeatureReader(pipe, guidance.branch, condition)
+
+    def __call__(self, forward: Forward, sample: Tensor, timestep: Tensor, **inputs: Any) -> Tensor:
+        """The denoiser's own output (B, C', h, w)."""
+        terms = [term for term in self.guidance.terms if isinstance(term.target, ReferenceTarget)]
+        if self.clock.advance():
+            self.guidance.trace.clear()
+            check_call(self.pipe, self.guidance.update)
+            for term in terms:
+                term.target.clear()
+        if not self.clock.is_within(self.guidance.start, self.guidance.stop):
+            return forward(sample, timestep, return_dict=False, **inputs)[0]
+        reading = self.reader.read(forward, sample, timestep, inputs, step=self.clock.step, with_gradient=False)
+        for term, readout in zip(terms, readouts(terms, reading), strict=True):
+            term.target.store(reading.step, timestep.item(), readout.unflatten(0, (-1, reading.images)))
+        return self.reader.complete(reading, forward, sample, timestep, inputs)
+
+
+class StepClock:
+    """Counts the executed steps of a pipeline's current sampling run from 0."""
+
+    def __init__(self, pipe: DiffusionPipeline) -> None:
+        self.pipe, self.step = pipe, -1
+        self.timesteps: Tensor | None = None
+
+    def advance(self) -> bool:
+        """Goes on to the next step; whether it is the first of a run."""
+        # Every run sets new timesteps, also one that follows a run that was broken off.
+        begins = self.timesteps is not self.pipe.scheduler.timesteps
+        self.timesteps = self.pipe.scheduler.timesteps
+        self.step = 0 if begins else self.step + 1
+        return begins
+
+    def is_within(self, start: float, stop: float) -> bool:
+        """Whether the step lies in a window of fractions of the executed steps."""
+        total = getattr(self.pipe, "num_timesteps", len(self.timesteps))
+        return start * total <= self.step < stop * total
+
+
+class FeatureReader:
+    """Reads features of the rows that guidance looks at: of one branch of text guidance, or of both."""
+
+    def __init__(self, pipe: DiffusionPipeline, branch: str, condition: Condition | None) -> None:
+        self.pipe, self.branch, self.condition = pipe, branch, condition
+        self.denoiser = denoiser_of(pipe)
+        self.channels = latent_channels(self.denoiser)
+        self.tapped = list(taps(self.denoiser).values())
+
+    def read(
+        self,
+        forward: Forward,
+        sample: Tensor,
+        timestep: Tensor,
+        inputs: dict[str, Any],
+        *,
+        step: int,
+        with_gradient: bool,
+    ) -> Reading:
+        """One call of the denoiser for the rows that are read, under the heads' condition where they have one."""
+        batch, factor = len(sample), self.pipe.vae_scale_factor
+        images = batch // 2 if self.pipe.do_classifier_free_guidance else batch
+        rows = {"uncond": slice(0, images), "cond": slice(batch - images, batch), "both": slice(0, batch)}[self.branch]
+        image_size = (sample.shape[-2] * factor, sample.shape[-1] * factor)
+        given, shared = select_rows(inputs, rows, batch), True
+        if self.condition is not None:
+            changed = self.condition.replace_in(given, images, image_size)
+            given, shared = (given, True) if changed is None else (changed, False)
+        with torch.set_grad_enabled(with_gradient):
+            x = sample[rows].detach().requires_grad_(with_gradient)
+            prediction = predict(self.denoiser, x, timestep, tapped=self.tapped, forward=forward, **given)
+        return Reading(
+            x=x,
+            latent=x.detach()[:, : self.channels],
+            output=prediction.output.detach(),
+            features=prediction.features,
+            timestep=timestep,
+            step=step,
+            images=images,
+            image_size=image_size,
+            denoiser=self.denoiser,
+            num_timesteps=self.pipe.scheduler.config.num_train_timesteps,
+            rows=rows,
+            shared=shared,
+        )
+
+    def complete(
+        self, reading: Reading, forward: Forward, sample: Tensor, timestep: Tensor, inputs: dict[str, Any]
+    ) -> Tensor:
+        """The denoiser's own output for all rows, given that of the rows read."""
+        batch, rows = len(sample), reading.rows
+        if not reading.shared:
+            return forward(sample, timestep, return_dict=False, **inputs)[0]
+        if len(reading.output) == batch:
+            return reading.output
+        others = slice(rows.stop, batch) if rows.start == 0 else slice(0, rows.start)
+        rest = forward(sample[others], timestep, return_dict=False, **select_rows(inputs, others, batch))[0]
+        return torch.cat([reading.output, rest] if rows.start == 0 else [rest, reading.output])
+
+
+def add_to_branches(value: Tensor, delta: Tensor) -> Tensor:
     """value (k * B, C', h, w) with delta (B, C, h, w) added to the first C channels of each of its k parts."""
     moved = value.clone()
     moved[:, : delta.shape[1]] = value[:, : delta.shape[1]] + delta.repeat(len(value) // len(delta), 1, 1, 1)
     return moved
-
-
-class RecordingRun(GuidedRun):
-    """Stores the readouts of every term with a ReferenceTarget; the denoiser's answers stay its own."""
-
-    def __call__(self, forward: Callable[..., Any], sample: Tensor, timestep: Tensor, **inputs: Any) -> Tensor:
-        step, total = self._count_step()
-        terms = [term for term in self.guidance.terms if isinstance(term.target, ReferenceTarget)]
-        if step == 0:
-            for term in terms:
-                term.target.clear()
-        if not self.guidance.start * total <= step < self.guidance.stop * total:
-            return forward(sample, timestep, return_dict=False, **inputs)[0]
-        images = len(sample) // 2 if self.pipe.do_classifier_free_guidance else len(sample)
-        rows, read_inputs, shared = self._guided_rows(inputs, sample, images)
-        with torch.no_grad():
-            prediction = predict(denoiser_of(self.pipe), sample[rows], timestep, forward=forward, **read_inputs)
-            features = [feature.float() for feature in prediction.features]
-            for term in terms:
-                readout = term.head(features, head_time(term.head, self.pipe, timestep.expand(len(features[0]))))
-                term.target.store(step, timestep.item(), readout.unflatten(0, (-1, images)))
-        if not shared:
-            return forward(sample, timestep, return_dict=False, **inputs)[0]
-        if len(prediction.output) < len(sample):
-            return self._complete(prediction.output, rows, forward, sample, timestep, inputs)
-        return prediction.output

@@ -1,12 +1,12 @@
 """What a readout is asked to match."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from rg.heads.base import EnergyHead
 from rg.io.images import from_bytes, pixels
 from rg.points import Size
 
@@ -28,9 +28,9 @@ class FixedTarget:
         self.control = control.float() if isinstance(control, Tensor) else _to_tensor(control)
         if not len(self.control):
             raise ValueError("control: expected at least one image or pose, got an empty batch")
-        self._encoded: dict[Any, Tensor] = {}
+        self._encoded: dict[tuple[EnergyHead, Size, Size, torch.device], Tensor] = {}
 
-    def encode(self, head: Any, *, readout_size: Size, image_size: Size, device: torch.device) -> Tensor:
+    def encode(self, head: EnergyHead, *, readout_size: Size, image_size: Size, device: torch.device) -> Tensor:
         """The control on the readout's grid, by the head's own `encode_target`; made once per size and device."""
         key = (head, readout_size, image_size, device)
         if key not in self._encoded:

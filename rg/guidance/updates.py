@@ -1,12 +1,45 @@
-"""What guidance has to know of a diffusers scheduler."""
+"""The rules by which a gradient moves a sampling step, as pure functions, and what they need of the schedule.
 
-from typing import Any
+Gradients and latents are (B, C, h, w). abar is abar_t, the share of signal in x_t's variance (Ho et al., 2020).
+"""
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 
-def alpha_bar(scheduler: Any, timestep: Tensor) -> Tensor:
+def score(
+    gradient: Tensor,
+    output: Tensor,
+    x_t: Tensor,
+    abar: Tensor,
+    *,
+    scale: float,
+    prediction_type: str,
+    normalize: str | None = None,
+) -> Tensor:
+    """The change of a model's output that adds scale * sqrt(1 - abar) * gradient to its noise prediction.
+
+    The classifier-guidance form of Luo et al., 2024, section 3.3 (Dhariwal and Nichol, 2021, algorithm 2).
+
+    Args:
+        output, x_t: the model's output in its prediction type, and what it was given; read with normalize alone.
+        normalize: None, or "rms": the gradient is first scaled to the RMS of the noise prediction, image by image.
+    """
+    if normalize == "rms":
+        noise = output_to_noise(output.float(), x_t.float(), prediction_type, abar)
+        size = gradient.flatten(1).square().mean(1).sqrt().clamp_min(1e-12)
+        reference = noise.flatten(1).square().mean(1).sqrt()
+        gradient = gradient * (reference / size).view(-1, 1, 1, 1)
+    return noise_to_output(scale * (1 - abar).sqrt() * gradient, prediction_type, abar)
+
+
+def adam(gradient: Tensor, learning_rate: float) -> Tensor:
+    """The change of x_t by the first step of a fresh Adam, as the authors' code does at every timestep."""
+    return -learning_rate * gradient / (gradient.abs() + 1e-8)
+
+
+def alpha_bar(scheduler: SchedulerMixin, timestep: Tensor) -> Tensor:
     """abar_t of the coming step's timestep, scalar in [0, 1]; 1 / (1 + sigma^2) where the scheduler keeps sigmas.
 
     Sigmas come first, by the scheduler's own count of steps: fractional timesteps are in no table, and Karras spacing

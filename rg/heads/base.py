@@ -2,20 +2,76 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import torch
 from lightning import LightningModule
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from rg.backbone.denoiser import embed_time
 from rg.heads.aggregation import AggregationNetwork
 from rg.io.files import atomic
 from rg.models import locate
+from rg.points import Size
+
+if TYPE_CHECKING:
+    from rg.backbone.diffusion import DiffusionBackbone
 
 TIME_CONVENTIONS = ("direct", "mirrored", "none")
+
+
+@runtime_checkable
+class EnergyHead(Protocol):
+    """What guidance asks of a head. A class of one's own may extend it: then it has to give `__call__` and `energy`.
+
+    prompt: the condition under which its features are read; None: whatever the pipeline holds.
+    readout_span: width of the readout's range of values; None where the latent range factor does not apply.
+    """
+
+    prompt: str | None = None
+    readout_span: float | None = 1.0
+
+    def __call__(self, features: list[Tensor], time_embedding: Tensor | None) -> Tensor:
+        """Readout of taps (B, C_l, h_l, w_l), coarse to fine, and time embedding (B, E)."""
+        ...
+
+    def time_index(self, timesteps: Tensor, num_timesteps: int) -> Tensor | None:
+        """The index whose embedding belongs to timesteps (B,) of num_timesteps; None: the head takes none."""
+        return timesteps
+
+    def energy(self, readout: Tensor, target: Tensor, **arguments: Any) -> Tensor:
+        """What guidance lowers, per sample: (B,)."""
+        ...
+
+    def encode_target(self, control: Tensor, *, readout_size: Size, image_size: Size) -> Tensor:
+        """A control on the readout's grid; both sizes are (height, width)."""
+        return control
+
+
+class FunctionHead(EnergyHead):
+    """A plain function of features as a head: what it returns is itself the energy (B,)."""
+
+    def __init__(self, function: Callable[[list[Tensor], Tensor | None], Tensor], prompt: str | None = None) -> None:
+        self.function, self.prompt = function, prompt
+
+    def __call__(self, features: list[Tensor], time_embedding: Tensor | None) -> Tensor:
+        return self.function(features, time_embedding)
+
+    def energy(self, readout: Tensor, target: Tensor, **arguments: Any) -> Tensor:
+        return readout
+
+
+def time_embedding(head: EnergyHead, denoiser: nn.Module, timesteps: Tensor, num_timesteps: int) -> Tensor | None:
+    """The denoiser's embedding (B, E) of the index that a head takes at timesteps (B,), in float32, or None.
+
+    The one owner of this step, for training, sampling and evaluation.
+    """
+    index = head.time_index(timesteps, num_timesteps)
+    return None if index is None else embed_time(denoiser, index).float()
 
 
 class ReadoutHead(LightningModule):
@@ -68,12 +124,12 @@ class ReadoutHead(LightningModule):
         self.aggregation = AggregationNetwork(
             tap_channels=tap_channels, time_embed_dim=time_embed_dim, taps=taps, **form
         )
-        self.backbone: Any = None
+        self.backbone: DiffusionBackbone | None = None
         # A third faster on CPUs than the default order, for the same numbers.
         self.to(memory_format=torch.channels_last)
 
-    def attach_backbone(self, backbone: Any) -> Self:
-        """Sets the frozen model (rg.backbone.diffusion.DiffusionBackbone) whose features this head is trained on."""
+    def attach_backbone(self, backbone: "DiffusionBackbone") -> Self:
+        """Sets the frozen model whose features this head is trained on."""
         self.check_taps(backbone.tap_channels, backbone.time_embed_dim, backbone.condition_dim)
         self.backbone = backbone
         return self
@@ -109,16 +165,15 @@ class ReadoutHead(LightningModule):
             return None
         return timesteps if self.hparams.time_convention == "direct" else num_timesteps - timesteps
 
-    def read(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def readout(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Readout of clean latents under given noise, through the attached backbone."""
         with torch.no_grad():
             noisy = self.backbone.add_noise(latents, noise, timesteps)
             features = self.backbone.predict(noisy, timesteps, self.hparams.prompt).features
-            index = self.time_index(timesteps, self.backbone.num_timesteps)
-            embedding = None if index is None else self.backbone.embed_time(index)
+            embedding = time_embedding(self, self.backbone.denoiser, timesteps, self.backbone.num_timesteps)
         return self(features, embedding)
 
-    def draw(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def sample_noise(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Latents and noise (B, C, h, w), or (B, G, C, h, w) of groups, and timesteps (B,): of seed, index, draw."""
         latents, noises, timesteps = [], [], []
         for mean, std, index, seen in zip(
@@ -132,20 +187,20 @@ class ReadoutHead(LightningModule):
         return torch.stack(latents), torch.stack(noises).to(latents[0]), torch.stack(timesteps).to(latents[0].device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self.loss(self.read(*self.draw(batch)), batch)
+        loss = self.loss(self.readout(*self.sample_noise(batch)), batch)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def read_at(self, batch: dict[str, Any], timestep: int) -> Tensor:
+    def readout_at(self, batch: dict[str, Any], timestep: int) -> Tensor:
         """Readout of a held-out batch at one noise level, the same at every call."""
         timesteps = torch.full_like(batch["epoch"], timestep)
         # Negative counts: no training draw uses them.
-        _, noise, _ = self.draw({**batch, "epoch": -2 - timesteps})
-        return self.read(batch["latent_mean"], noise, timesteps)
+        _, noise, _ = self.sample_noise({**batch, "epoch": -2 - timesteps})
+        return self.readout(batch["latent_mean"], noise, timesteps)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         for timestep in self.hparams.val_timesteps:
-            readout = self.read_at(batch, timestep)
+            readout = self.readout_at(batch, timestep)
             self.log(f"val/loss_t{timestep}", self.loss(readout, batch), batch_size=len(readout), sync_dist=True)
             self.metrics(readout, batch, timestep)
 

@@ -26,15 +26,15 @@ class RelativeHead(ReadoutHead):
         """The labels of a batch, which `encode_target` refuses."""
         return batch["label"]
 
-    def read(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def readout(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Readouts (B, G, P, H, W) of groups of clean latents (B, G, C, h, w), or of single ones without the axis G.
 
         As in the authors' training, the images of a group share one of timesteps (B,), and each has noise of its own.
         """
         if latents.ndim == 4:
-            return super().read(latents, noise, timesteps)
+            return super().readout(latents, noise, timesteps)
         size = latents.shape[1]
-        readouts = super().read(latents.flatten(0, 1), noise.flatten(0, 1), timesteps.repeat_interleave(size))
+        readouts = super().readout(latents.flatten(0, 1), noise.flatten(0, 1), timesteps.repeat_interleave(size))
         return readouts.unflatten(0, (-1, size))
 
     def encode_target(self, control: Tensor, *, readout_size: Size, image_size: Size) -> NoReturn:

@@ -204,10 +204,10 @@ class Score:
 
     metric: Callable[[], MeanPerImage]
     prefix: str
-    read: Callable[[Any, Tensor, dict[str, Any]], tuple[Tensor, ...] | None]
+    read: Callable[[SpatialHead, Tensor, dict[str, Any]], tuple[Tensor, ...] | None]
 
 
-def read_poses(head: Any, readout: Tensor, batch: dict[str, Any]) -> tuple[Tensor, ...] | None:
+def read_poses(head: SpatialHead, readout: Tensor, batch: dict[str, Any]) -> tuple[Tensor, ...] | None:
     """Points read and true (N, 18, 2) and which are visible (N, 18), of the images of one person."""
     people = (batch["keypoints"][..., 2] > 0).any(-1)
     single = people.sum(1) == 1
@@ -218,7 +218,7 @@ def read_poses(head: Any, readout: Tensor, batch: dict[str, Any]) -> tuple[Tenso
     return found, truth[..., :2], truth[..., 2] > 0
 
 
-def read_maps(head: Any, readout: Tensor, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+def read_maps(head: SpatialHead, readout: Tensor, batch: dict[str, Any]) -> tuple[Tensor, ...]:
     """Readout and label as grey images of the label's size: (B, H, W) in [0, 1]."""
     label = batch["label"]
     read = F.interpolate(head.preview(readout), label.shape[-2:], mode="bilinear", align_corners=False)

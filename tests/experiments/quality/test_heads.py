@@ -42,7 +42,7 @@ def test_an_estimate_is_the_heads_own_score(embedded):
     """A head that reads the label itself is perfect; the baseline is not."""
 
     class Seer(SpatialHead):
-        def read_at(self, batch, timestep):
+        def readout_at(self, batch, timestep):
             return batch["label"] / 2
 
     widths = {"tap_channels": embedded.tap_channels, "time_embed_dim": embedded.time_embed_dim, **WIDTHS}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rg.backbone.conditions import encode_condition, replaced
+from rg.backbone.conditions import encode_condition, with_condition
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.backbone.features import predict
 from tests.families import build
@@ -28,10 +28,10 @@ def test_a_mask_hides_what_padding_holds(tokenizer):
 def test_the_same_text_under_another_mask_is_another_condition(tokenizer):
     own = encode_condition(build("pixart", tokenizer), "").inputs(2, (32, 32), torch.zeros(1))
     held = {**own, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-    assert replaced(held, own) is None
+    assert with_condition(held, own) is None
     other = own["encoder_attention_mask"].clone()
     other[:, 5] = 1
-    changed = replaced({**held, "encoder_attention_mask": other}, own)
+    changed = with_condition({**held, "encoder_attention_mask": other}, own)
     assert torch.equal(changed["encoder_attention_mask"], own["encoder_attention_mask"])
     assert changed["added_cond_kwargs"] == held["added_cond_kwargs"]
 
@@ -45,4 +45,4 @@ def test_the_images_size_is_a_condition_of_pixart_alpha(tokenizer, dtype):
     assert added["resolution"].tolist() == [[32, 48]] * 2 and added["resolution"].dtype == dtype
     torch.testing.assert_close(added["aspect_ratio"], torch.full((2, 1), 32 / 48, dtype=dtype))
     other = condition.inputs(2, (48, 32), like)
-    assert replaced(own, own) is None and replaced(other, own)["added_cond_kwargs"] == added
+    assert with_condition(own, own) is None and with_condition(other, own)["added_cond_kwargs"] == added

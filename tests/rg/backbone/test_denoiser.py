@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from rg.backbone.denoiser import as_map, denoiser_of, embed_time, latent_channels, tap_channels, taps, time_embed_dim
+from rg.backbone.denoiser import denoiser_of, embed_time, latent_channels, tap_channels, taps, time_embed_dim
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.backbone.features import predict
+from rg.backbone.features import as_map, predict
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from tests.families import build, denoise
 

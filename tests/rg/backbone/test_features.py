@@ -3,7 +3,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
 from rg.backbone.denoiser import taps
-from rg.backbone.features import predict, take_rows
+from rg.backbone.features import predict, select_rows
 from rg.guidance.attach import hooked
 
 
@@ -64,19 +64,19 @@ def test_recomputation_in_the_backward_pass_adds_no_features_and_keeps_the_gradi
     torch.testing.assert_close(*gradients)
 
 
-def test_take_rows_slices_the_batch_axis_wherever_it_is_nested():
+def test_select_rows_slices_the_batch_axis_wherever_it_is_nested():
     batch, other = torch.arange(8.0).view(4, 2), torch.arange(3.0)
     value = {"a": batch, "b": (batch, [batch, "text"]), "scale": torch.tensor(2.0), "other": other, "none": None}
-    taken = take_rows(value, slice(1, 3), 4)
+    taken = select_rows(value, slice(1, 3), 4)
     rows = batch[1:3]
     assert torch.equal(taken["a"], rows) and torch.equal(taken["b"][0], rows) and torch.equal(taken["b"][1][0], rows)
     assert taken["b"][1][1] == "text" and taken["none"] is None
     assert taken["scale"] is value["scale"] and taken["other"] is other
 
 
-def test_take_rows_clones_what_a_model_edits_in_place():
+def test_select_rows_clones_what_a_model_edits_in_place():
     residuals = [torch.ones(2, 3)]
-    taken = take_rows(residuals, slice(0, 2), 2)
+    taken = select_rows(residuals, slice(0, 2), 2)
     taken.pop(0).add_(1)
     assert len(residuals) == 1 and torch.equal(residuals[0], torch.ones(2, 3))
 

@@ -28,6 +28,7 @@ from rg.backbone.denoiser import denoiser_of
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
+from rg.heads.base import FunctionHead
 from tests.families import build, denoise
 
 
@@ -36,12 +37,8 @@ def brightness(features, time_embedding):
     return features[-1].square().flatten(1).mean(1)
 
 
-def prompted(features, time_embedding):
-    """The same, read under the empty prompt."""
-    return brightness(features, time_embedding)
-
-
-prompted.prompt = ""
+# The same, read under the empty prompt.
+prompted = FunctionHead(brightness, prompt="")
 
 
 def strong(head=prompted):

@@ -15,6 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
+from rg.heads.base import EnergyHead
 
 MEAN, SPREAD, CENTRE = 0.7, 0.4, -1.5
 
@@ -40,7 +41,7 @@ class GaussianDenoiser(ModelMixin, ConfigMixin):
         return (noise if self.config.prediction_type == "epsilon" else v,)
 
 
-class Quadratic:
+class Quadratic(EnergyHead):
     """The energy |x_t - CENTRE|^2 / 2, whose gradient is x_t - CENTRE."""
 
     def time_index(self, timesteps, num_timesteps):

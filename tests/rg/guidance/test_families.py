@@ -6,10 +6,11 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
 from rg.backbone.denoiser import denoiser_of
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.backbone.features import predict, take_rows
+from rg.backbone.features import predict, select_rows
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
 from rg.guidance.updates import alpha_bar
+from rg.heads.base import FunctionHead
 from rg.heads.spatial import SpatialHead
 from tests.families import FAMILIES, MODELS, build, denoise
 
@@ -24,7 +25,7 @@ def calls_of(pipe):
     calls = []
 
     def before(_module, given, others):
-        others = take_rows(others, slice(None), len(given[0]))
+        others = select_rows(others, slice(None), len(given[0]))
         timestep = given[1] if len(given) > 1 else others.pop("timestep")[0]
         calls.append([given[0].clone(), timestep, others])
 
@@ -174,8 +175,7 @@ def test_features_are_read_under_the_heads_own_condition(tokenizer, tiny_head, f
         seen.append((features, time_embedding))
         return brightness(features, time_embedding)
 
-    spy.prompt = ""
-    guidance = ReadoutGuidance([GuidanceTerm(spy)], readout_scale=0.0)
+    guidance = ReadoutGuidance([GuidanceTerm(FunctionHead(spy, prompt=""))], readout_scale=0.0)
     calls, handles = calls_of(pipe)
     denoise(pipe, family, guidance, steps=2, **arguments)
     for handle in handles:
@@ -239,7 +239,7 @@ def test_a_pose_head_learns_on_a_saved_transformer_and_guides_it(tokenizer, pose
     optimizer, losses = torch.optim.AdamW(head.parameters(), lr=1e-2), []
     for step in range(60):
         batch = {**samples, "epoch": torch.full((4,), step)}
-        loss = head.loss(head.read(*head.draw(batch)), batch)
+        loss = head.loss(head.readout(*head.sample_noise(batch)), batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

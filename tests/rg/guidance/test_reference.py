@@ -11,10 +11,11 @@ from rg.backbone.diffusion import DiffusionBackbone
 from rg.backbone.inversion import invert
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import ReferenceTarget
+from rg.heads.base import EnergyHead, FunctionHead
 from tests.families import MODELS, build, denoise
 
 
-class Look:
+class Look(EnergyHead):
     """A relative head: the finest tap is the readout, the energy its mean distance in angle; or one point's."""
 
     prompt = ""
@@ -66,8 +67,8 @@ def test_a_reference_row_in_the_batch_gives_the_same_energy(tokenizer):
         seen.append(Look().energy(features[-1][1:], features[-1][:1]))
         return features[-1].flatten(1).sum(1) * 0
 
-    beside.prompt = ""
-    denoise(pipe, "sd15", ReadoutGuidance([GuidanceTerm(beside)], readout_scale=0.0), latents=latents)
+    terms = [GuidanceTerm(FunctionHead(beside, prompt=""))]
+    denoise(pipe, "sd15", ReadoutGuidance(terms, readout_scale=0.0), latents=latents)
     guidance = ReadoutGuidance([GuidanceTerm(Look(), reference)], readout_scale=0.0)
     prompts = ["a person in a red shirt", "grass at dusk"]
     with guidance.record(pipe):

@@ -8,13 +8,14 @@ from rg.backbone.denoiser import embed_time, taps
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import ReferenceTarget
 from rg.heads.appearance import AppearanceHead
+from rg.heads.base import EnergyHead, FunctionHead
 from rg.heads.correspondence import CorrespondenceHead
 from rg.heads.relative import pick
 
 POINTS = {"source": torch.tensor([[[1, 2], [5, 3]]]), "destination": torch.tensor([[[3, 2], [6, 6]]])}
 
 
-class Compared:
+class Compared(EnergyHead):
     """A term without a target: the energy of `head` against the readouts of a reference, kept step by step."""
 
     def __init__(self, head, **arguments):
@@ -34,7 +35,7 @@ class Compared:
 
 def kept(term):
     """The same term, keeping instead of comparing."""
-    keeper = lambda features, time_embedding: term.keep(features, time_embedding)  # noqa: E731
+    keeper = FunctionHead(term.keep)
     keeper.time_index = term.time_index
     return keeper
 

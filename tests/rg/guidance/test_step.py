@@ -160,7 +160,7 @@ def test_training_sampling_and_evaluation_read_the_same(
         torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(time_embedding, backbone.embed_time(timesteps))
     torch.testing.assert_close(
-        guidance.trace[0].readouts[0], head.attach_backbone(backbone).read(clean, noise, timesteps)
+        guidance.trace[0].readouts[0], head.attach_backbone(backbone).readout(clean, noise, timesteps)
     )
     assert [len(step.readouts) for step in guidance.trace] == [2] * 4
 

@@ -9,7 +9,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from rg.guidance.attach import check_scheduler, moved_samples
+from rg.guidance.attach import check_scheduler, shift_scheduler_input
 from rg.guidance.updates import alpha_bar, noise_to_output, output_to_noise
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -127,7 +127,7 @@ def test_schedulers_without_a_rule_are_named():
 
 
 @pytest.mark.parametrize("wrapped_before", [False, True])
-def test_moved_samples_move_the_step_and_leave_no_trace(wrapped_before):
+def test_shift_scheduler_input_move_the_step_and_leave_no_trace(wrapped_before):
     scheduler = make(DDIMScheduler, clip_sample=False)
     scheduler.set_timesteps(5)
     if wrapped_before:
@@ -136,7 +136,7 @@ def test_moved_samples_move_the_step_and_leave_no_trace(wrapped_before):
     output, sample, move = torch.rand(3, 1, 1, 2, 2)
     timestep, moves = scheduler.timesteps[1], [move, None]
     expected = [scheduler.step(output, timestep, x).prev_sample for x in (sample + move, sample)]
-    with pytest.raises(KeyboardInterrupt), moved_samples(scheduler, lambda: moves.pop(0)):
+    with pytest.raises(KeyboardInterrupt), shift_scheduler_input(scheduler, lambda: moves.pop(0)):
         for wanted in expected:
             assert torch.equal(scheduler.step(output, timestep, sample, return_dict=False)[0], wanted)
         raise KeyboardInterrupt

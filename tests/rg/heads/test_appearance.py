@@ -84,7 +84,7 @@ def test_accuracies_are_means_over_all_held_out_groups(tiny_pipeline, tmp_path):
     right = {name: [] for name in BOTH}
     for batch in batches:
         with torch.no_grad():
-            positive, negatives = head.distances(head.read_at(batch, 50))
+            positive, negatives = head.distances(head.readout_at(batch, 50))
         for name, distance in negatives.items():
             right[name] += (positive < distance).tolist()
     for name, values in right.items():

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.heads.spatial import SpatialHead
 
-# What `draw` sees: training counts from 0 up, validation from -2 down; -1 has the hash of -2 and is left out.
+# What `sample_noise` sees: training counts from 0 up, validation from -2 down; -1 has the hash of -2 and is left out.
 DRAWS = [*range(30), *range(-1001, -1)]
 WIDTHS = {"projection_dim": 16, "norm_groups": 2, "hidden_channels": 8}
 
@@ -20,15 +20,12 @@ class Recording(DiffusionBackbone):
 
     def __init__(self, pipeline):
         super().__init__(pipeline)
-        self.noises, self.indices = [], []
+        self.noises, self.times = [], []
+        self.denoiser.time_proj.register_forward_pre_hook(lambda _module, given: self.times.append(given[0]))
 
     def add_noise(self, latents, noise, timesteps):
         self.noises.append(noise)
         return super().add_noise(latents, noise, timesteps)
-
-    def embed_time(self, index):
-        self.indices.append(index)
-        return super().embed_time(index)
 
 
 @pytest.fixture
@@ -59,31 +56,31 @@ def test_time_conventions(backbone, convention, expected):
     head = make_head(backbone, time_convention=convention)
     timesteps = torch.tensor([0, 7, 999])
     assert head.time_index(timesteps).tolist() == expected
-    head.read(*(torch.randn(3, 4, 8, 8) for _ in range(2)), timesteps)
-    assert backbone.indices[0].tolist() == expected
+    head.readout(*(torch.randn(3, 4, 8, 8) for _ in range(2)), timesteps)
+    assert backbone.times[-1].tolist() == expected
 
 
 def test_a_head_without_time_embeds_none(backbone):
     head = make_head(backbone, time_convention="none")
     assert head.time_index(torch.tensor([5])) is None
-    assert head.read(torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([5])).shape == (1, 3, 8, 8)
-    assert not backbone.indices
+    assert head.readout(torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([5])).shape == (1, 3, 8, 8)
+    assert len(backbone.times) == 1, "the denoiser's own"
 
 
 def test_a_draw_does_not_depend_on_the_batch_or_the_global_state(backbone):
     head = make_head(backbone, seed=3)
-    together = head.draw(make_batch([5, 6, 7], [0, 1, 2]))
+    together = head.sample_noise(make_batch([5, 6, 7], [0, 1, 2]))
     torch.manual_seed(99)
     for row, (index, seen) in enumerate([(5, 0), (6, 1), (7, 2)]):
-        alone = head.draw(make_batch([index], [seen]))
+        alone = head.sample_noise(make_batch([index], [seen]))
         for one, many in zip(alone, together, strict=True):
             assert torch.equal(one[0], many[row])
 
 
 @pytest.mark.parametrize(("seed", "index", "seen"), [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
 def test_a_draw_depends_on_seed_sample_and_count(backbone, seed, index, seen):
-    _, noise, _ = make_head(backbone, seed=0).draw(make_batch([0], [0]))
-    _, other, _ = make_head(backbone, seed=seed).draw(make_batch([index], [seen]))
+    _, noise, _ = make_head(backbone, seed=0).sample_noise(make_batch([0], [0]))
+    _, other, _ = make_head(backbone, seed=seed).sample_noise(make_batch([index], [seen]))
     assert not torch.isclose(noise, other).any()
 
 
@@ -97,7 +94,7 @@ def test_a_draw_is_the_same_in_every_process():
 
 
 def test_timesteps_cover_the_whole_range_evenly(backbone):
-    _, _, timesteps = make_head(backbone).draw(make_batch(list(range(4000)), [0] * 4000, side=1))
+    _, _, timesteps = make_head(backbone).sample_noise(make_batch(list(range(4000)), [0] * 4000, side=1))
     assert timesteps.min() < 5 and timesteps.max() > 994 and timesteps.max() < 1000
     counts = torch.histc(timesteps.float(), bins=10, min=0, max=1000)
     assert (counts - 400).abs().max() < 5 * math.sqrt(400)
@@ -105,7 +102,7 @@ def test_timesteps_cover_the_whole_range_evenly(backbone):
 
 def test_latents_spread_as_the_autoencoder_says(backbone):
     batch = make_batch(list(range(500)), [0] * 500)
-    latents, noise, _ = make_head(backbone).draw(batch)
+    latents, noise, _ = make_head(backbone).sample_noise(batch)
     spread = (latents - batch["latent_mean"]) / 0.1
     for sample in (spread, noise):
         assert abs(sample.mean()) < 0.02 and abs(sample.std() - 1) < 0.02
@@ -114,12 +111,12 @@ def test_latents_spread_as_the_autoencoder_says(backbone):
 
 def test_validation_is_repeatable_and_never_sees_training_noise(backbone):
     head = make_head(backbone, val_timesteps=[0, 1, 500, 999]).eval()
-    trained = [head.draw(make_batch([index], [seen]))[1] for index in range(3) for seen in range(30)]
+    trained = [head.sample_noise(make_batch([index], [seen]))[1] for index in range(3) for seen in range(30)]
     batch = make_batch([0, 1, 2], [0, 7, 29])
-    first = [head.read_at(batch, t) for t in head.hparams.val_timesteps]
+    first = [head.readout_at(batch, t) for t in head.hparams.val_timesteps]
     seen_again = make_batch([0, 1, 2], [0, 0, 0])
     for t, readout in zip(head.hparams.val_timesteps, first, strict=True):
-        assert torch.equal(head.read_at(seen_again, t), readout)
+        assert torch.equal(head.readout_at(seen_again, t), readout)
     held_out = torch.cat(backbone.noises[:4])
     distinct = torch.cat([*trained, held_out]).flatten(1)[:, 0]
     assert len(distinct.unique()) == len(trained) + 12
@@ -127,10 +124,10 @@ def test_validation_is_repeatable_and_never_sees_training_noise(backbone):
 
 def test_validation_reads_the_mean_latents(backbone):
     head, batch = make_head(backbone), make_batch([0, 1], [0, 0])
-    readout = head.read_at(batch, 300)
+    readout = head.readout_at(batch, 300)
     (noise,) = backbone.noises
-    assert torch.equal(readout, head.read(batch["latent_mean"], noise, torch.tensor([300, 300])))
-    torch.testing.assert_close(readout[1:], head.read_at(make_batch([1], [0]), 300))
+    assert torch.equal(readout, head.readout(batch["latent_mean"], noise, torch.tensor([300, 300])))
+    torch.testing.assert_close(readout[1:], head.readout_at(make_batch([1], [0]), 300))
 
 
 def test_a_head_for_another_backbone_is_refused(backbone):

@@ -98,20 +98,20 @@ def trained(tiny_pipeline):
 
 def test_images_of_a_pair_share_the_time_and_not_the_noise(trained):
     head, batch = trained
-    _, noise, timesteps = head.draw(batch)
+    _, noise, timesteps = head.sample_noise(batch)
     assert timesteps.shape == (3,) and len(set(timesteps.tolist())) == 3
     assert noise.shape == (3, 2, 4, 8, 8)
     assert (noise[:, 0] - noise[:, 1]).abs().mean() > 0.5
-    alone = head.draw({name: value[1:2] for name, value in batch.items()})
+    alone = head.sample_noise({name: value[1:2] for name, value in batch.items()})
     assert torch.equal(alone[1][0], noise[1]) and alone[2][0] == timesteps[1]
 
 
 def test_groups_are_read_as_their_images_are_alone(trained):
     head, batch = trained
-    latents, noise, timesteps = head.draw(batch)
-    readouts = head.read(latents, noise, timesteps)
+    latents, noise, timesteps = head.sample_noise(batch)
+    readouts = head.readout(latents, noise, timesteps)
     assert readouts.shape == (3, 2, 16, 8, 8)
-    torch.testing.assert_close(readouts[2, 1], head.read(latents[2:, 1], noise[2:, 1], timesteps[2:])[0])
+    torch.testing.assert_close(readouts[2, 1], head.readout(latents[2:, 1], noise[2:, 1], timesteps[2:])[0])
 
 
 def test_equal_vectors_have_equal_colours_in_all_images():

@@ -6,7 +6,7 @@ import torch
 from rg.backbone.denoiser import denoiser_of
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.backbone.features import predict
-from rg.guidance.energy import PEAK, measure, pull_back
+from rg.guidance.energy import PEAK, Reading, energy_and_gradient, gradient_at
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from tests.families import MODELS, build, denoise
 
@@ -22,13 +22,26 @@ def gradient_of(pipe, head, weight=1.0, scaled=True):
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(denoiser.dtype).requires_grad_()
     timestep = torch.tensor(500)
     inputs = DiffusionBackbone(pipe).condition("").inputs(2, (32, 32), x.detach())
-    features = predict(denoiser, x, timestep, **inputs).features
-    guidance = ReadoutGuidance([GuidanceTerm(head, weight=weight)])
+    prediction = predict(denoiser, x, timestep, **inputs)
     if not scaled:
+        features = prediction.features
         (gradient,) = torch.autograd.grad(weight * head([f.float() for f in features], None).sum(), x)
         return gradient.float()
-    energy = measure(guidance, pipe, features, x, timestep, 2, 0)
-    return pull_back(features, energy.slopes, x)
+    reading = Reading(
+        x=x,
+        latent=x.detach(),
+        output=prediction.output.detach(),
+        features=prediction.features,
+        timestep=timestep,
+        step=0,
+        images=2,
+        image_size=(32, 32),
+        denoiser=denoiser,
+        num_timesteps=1000,
+        rows=slice(0, 2),
+        shared=True,
+    )
+    return energy_and_gradient([GuidanceTerm(head, weight=weight)], reading)[1]
 
 
 def cosine(one, other):
@@ -60,23 +73,23 @@ def test_a_row_that_overflows_backs_off_and_leaves_its_neighbours_alone():
     gain = torch.tensor([1.0, 6e4]).half().view(2, 1, 1, 1)
     slopes = torch.tensor([2.0, 3.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
     assert not (gain * PEAK).isfinite().all()
-    gradient = pull_back([x * gain], [slopes], x)
+    gradient = gradient_at(x, [x * gain], [slopes])
     torch.testing.assert_close(gradient, slopes * gain.float(), rtol=1e-2, atol=0)
 
 
 def test_what_overflows_at_every_scale_stays_not_finite():
     x = torch.ones(2, 1, 1, 1, dtype=torch.float16, requires_grad=True)
     gain = torch.tensor([1.0, float("inf")]).half().view(2, 1, 1, 1)
-    gradient = pull_back([x * gain], [torch.ones(2, 1, 1, 1)], x).flatten()
+    gradient = gradient_at(x, [x * gain], [torch.ones(2, 1, 1, 1)]).flatten()
     assert gradient[0] == 1 and not gradient[1].isfinite()
 
 
 def test_features_that_nothing_depends_on_are_named():
     x = torch.ones(1, 1, 1, 1, requires_grad=True)
     with pytest.raises(ValueError, match="an energy that depends on the features, got a constant"):
-        pull_back([x * 2], [None], x)
+        gradient_at(x, [x * 2], [None])
     with pytest.raises(ValueError, match="no gradient reaches its input from its taps"):
-        pull_back([torch.ones(1, 1, 1, 1, requires_grad=True) * 2], [torch.ones(1, 1, 1, 1)], x)
+        gradient_at(x, [torch.ones(1, 1, 1, 1, requires_grad=True) * 2], [torch.ones(1, 1, 1, 1)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
