@@ -1,5 +1,7 @@
 """What many tests share: no network, few threads, and a real pipeline small enough to build in every test."""
 
+from __future__ import annotations
+
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,22 +13,29 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from diffusers import StableDiffusionPipeline
-from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
-from rg.backbone.denoiser import tap_channels, time_embed_dim
-from rg.guidance.guidance import ReadoutGuidance
-from rg.heads.spatial import SpatialHead
-from tests import families
+# Heavy libraries are imported by the fixtures that use them: the process of pytest-xdist that hands out the tests loads
+# this file too, and nothing else begins before it has.
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from torch import Tensor, nn
+    from transformers import CLIPTokenizer
+
+    from rg.guidance.guidance import ReadoutGuidance
+    from rg.heads.spatial import SpatialHead
 
 ROOT = Path(__file__).parents[1]
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> None:
+    """On tensors this small more threads take longer."""
+    import torch
+
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +56,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer() -> CLIPTokenizer:
     """The tokenizer of the embedded model: 161 tokens."""
+    from transformers import CLIPTokenizer
+
     return CLIPTokenizer.from_pretrained(ROOT / "rg/models/marionette/tokenizer")
 
 
@@ -56,6 +67,8 @@ def tiny_pipeline(tokenizer: CLIPTokenizer) -> Callable[..., StableDiffusionPipe
 
     `tiny_pipeline(scheduler=EulerDiscreteScheduler, prediction_type="v_prediction", seed=0)`.
     """
+    from tests import families
+
     return partial(families.build, "sd15", tokenizer)
 
 
@@ -65,6 +78,11 @@ def tiny_head() -> Callable[..., SpatialHead]:
 
     Their readouts have two cells per cell of the last tap: (B, 3 or 18, 16, 16) for a tiny pipeline.
     """
+
+    import torch
+
+    from rg.backbone.denoiser import tap_channels, time_embed_dim
+    from rg.heads.spatial import SpatialHead
 
     def build(denoiser: nn.Module, *, seed: int = 0, **hyperparameters: Any) -> SpatialHead:
         with torch.random.fork_rng(devices=[]):
@@ -85,6 +103,7 @@ def denoise() -> Callable[..., Tensor]:
 
     `denoise(pipe, guidance, images=3, steps=4, prompt="a person")`; other arguments are the pipeline's own.
     """
+    from tests import families
 
     def run(
         pipe: StableDiffusionPipeline,
@@ -103,6 +122,8 @@ def denoise() -> Callable[..., Tensor]:
 def poses() -> Callable[..., Tensor]:
     """Random poses (count, 1, 18, 3) of one visible person each, in a tiny pipeline's images: `poses(3, seed=1)`."""
 
+    import torch
+
     def draw(count: int, *, seed: int = 0) -> Tensor:
         points = torch.rand(count, 1, 18, 2, generator=torch.Generator().manual_seed(seed)) * 31
         return torch.cat([points, torch.ones(count, 1, 18, 1)], -1)
@@ -113,6 +134,8 @@ def poses() -> Callable[..., Tensor]:
 @pytest.fixture(scope="session")
 def kill_when() -> Callable[..., None]:
     """Runs a function in another process and kills it as soon as `ready()`: `kill_when(ready, function, argument)`."""
+
+    import torch
 
     def alone(function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         torch.set_num_threads(1)

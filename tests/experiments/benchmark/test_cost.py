@@ -23,6 +23,7 @@ def guidance(**settings):
     return ReadoutGuidance([GuidanceTerm(lambda features, time: features[0])], **settings)
 
 
+@pytest.mark.slow
 def test_counts_of_stable_diffusion(root):
     model = counted(configuration(root, "world=sd15"))
     assert model.unet.parameters == 859_520_964 and model.head.parameters == 8_484_751  # both as published
