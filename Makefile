@@ -22,7 +22,7 @@ help: ## show this list
 
 setup: $(STAMP) ## make .venv; every target below does so itself
 
-demo: $(STAMP) ## pictures in asked-for poses, a head trained on 100 pictures, and its score
+demo: $(STAMP) ## images in given poses, a head trained on 100 images, and its score
 	$(BIN)/python -m experiments.demo world=$(WORLD) $(ARGS)
 
 train: $(STAMP) ## train a readout head: make train EXPERIMENT=pose_1k

@@ -1,41 +1,61 @@
 """The main job on the embedded world, start to end: python -m experiments.demo (make demo)
 
-A guided image from the shipped head, a head trained on 100 images, and its evaluation; settings are rg.evaluate's.
+Guided images from the shipped head, a head trained on 100 images, and its evaluation; settings are rg.evaluate's.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from rg.cli import command, compose_config
 from rg.evaluate import check_settings, evaluate
+from rg.generation import scheduler_class
 from rg.sample import sample
 from rg.train import train
 
-
-def _compose(name: str, overrides: list[str], run_dir: Path) -> DictConfig:
-    print(f"\n$ python -m rg.{name} {' '.join(overrides)}", flush=True)
-    return compose_config(name, [*overrides, f"run_dir={run_dir}"])
+# Groups of settings that the sampling and the training share with the evaluation.
+SHARED = ("world", "pictures")
 
 
-def demo(overrides: list[str], run_dir: Path) -> None:
-    """Samples, trains and evaluates in run_dir."""
-    world = [override for override in overrides if override.startswith("world=")]
-    sample(_compose("sample", ["+experiment=pose_control", *world], run_dir / "image"), run_dir / "image")
-    training = run_dir / "pose_100"
-    train(_compose("train", ["+experiment=pose_100", *world], training), training)
-    evaluate(_compose("evaluate", [f"head.path={training / 'head'}", *overrides], run_dir), run_dir)
+def compose_step(name: str, cfg: DictConfig, words: Sequence[str]) -> DictConfig:
+    """The configuration of rg.sample or rg.train in the demo.
+
+    Args:
+        name: sample or train.
+        cfg: of the demo.
+        words: overrides of the demo; those of SHARED hold here too.
+    """
+    shared = [word for word in words if word.lstrip("+~").split("=")[0].split(".")[0] in SHARED]
+    step = compose_config(name, [f"+experiment={cfg[name].experiment}", *shared])
+    step.run_dir = cfg[name].run_dir
+    return step
+
+
+def demo(cfg: DictConfig, words: Sequence[str]) -> None:
+    """Samples, trains and evaluates in the folders of cfg.
+
+    Raises:
+        ValueError, FileNotFoundError: settings that the evaluation would refuse in the end are refused at once.
+    """
+    sampling, training = (compose_step(name, cfg, words) for name in ("sample", "train"))
+    check_settings(cfg)
+    scheduler_class(cfg.scheduler)
+    instantiate(cfg.world.detector)
+    for name, function, step in (("sample", sample, sampling), ("train", train, training)):
+        print(f"\n$ python -m rg.{name} +experiment={cfg[name].experiment} run_dir={step.run_dir}", flush=True)
+        function(step, Path(step.run_dir))
+    print(f"\n$ python -m rg.evaluate head.path={cfg.head.path} {' '.join(words)}", flush=True)
+    evaluate(cfg, Path(cfg.run_dir))
 
 
 @command("demo")
 def main(cfg: DictConfig) -> None:
     """Runs the demo and says where its images are."""
-    check_settings(cfg)
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
-    words = [word for word in HydraConfig.get().overrides.task if not word.startswith("resume=")]
-    demo(words, run_dir)
-    print(f"\nImages: {run_dir}/image/grid.png and {run_dir}/grid.png\nTable:    {run_dir}/table.md")
+    demo(cfg, [word for word in HydraConfig.get().overrides.task if not word.startswith("resume=")])
+    print(f"\nImages: {cfg.sample.run_dir}/grid.png and {cfg.run_dir}/grid.png\nTable:    {cfg.run_dir}/table.md")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from rg.guidance.guidance import ReadoutGuidance
@@ -22,15 +23,20 @@ SCHEDULERS = {
 SETTINGS = {"pndm": {"skip_prk_steps": True}}
 
 
-def set_scheduler(pipe: Any, name: str) -> None:
-    """Gives a pipeline another scheduler over the same noise schedule.
+def scheduler_class(name: str) -> type[SchedulerMixin]:
+    """The class of a scheduler by its name.
 
     Raises:
         ValueError: the name is not one of SCHEDULERS.
     """
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler: expected one of {sorted(SCHEDULERS)}, got {name!r}")
-    pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config, **SETTINGS.get(name, {}))
+    return getattr(diffusers, SCHEDULERS[name])
+
+
+def set_scheduler(pipe: Any, name: str) -> None:
+    """Gives a pipeline another scheduler over the same noise schedule; for `name` see `scheduler_class`."""
+    pipe.scheduler = scheduler_class(name).from_config(pipe.scheduler.config, **SETTINGS.get(name, {}))
 
 
 def image_seeds(seed: int, indices: Iterable[int]) -> list[int]:

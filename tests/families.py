@@ -74,10 +74,15 @@ def build(
     tokenizer: CLIPTokenizer,
     *,
     scheduler: type[SchedulerMixin] = DDIMScheduler,
+    prediction_type: str | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> DiffusionPipeline:
-    """A tiny pipeline of a family; equal seeds give equal weights, and the random state outside is left alone."""
+    """A tiny pipeline of a family in eval mode; equal seeds give equal weights, and the random state outside stays.
+
+    Args:
+        prediction_type: None is that of the real models.
+    """
     kind, model, channels = FAMILIES[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -87,7 +92,7 @@ def build(
         if "adapter" in family:
             size = {"downscale_factor": 8, "adapter_type": "full_adapter_xl"} if model == "sdxl" else {}
             parts["adapter"] = T2IAdapter(channels=[8, 16], num_res_blocks=1, **{"downscale_factor": 4} | size)
-    schedule = make_schedule("v_prediction" if model == "sd21" else "epsilon")
+    schedule = make_schedule(prediction_type or ("v_prediction" if model == "sd21" else "epsilon"))
     if model in ("sd15", "sd21"):
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = getattr(diffusers, kind)(**parts, scheduler=scheduler.from_config(schedule.config))
@@ -220,7 +225,7 @@ def denoise(
     size: tuple[int, int] = (32, 32),
     **changes: Any,
 ) -> Tensor:
-    """Final latents (images, 4, h, w) of different prompts, the same generators at every call, in float32."""
+    """Final latents (images, 4, h, w) of different prompts, the same generators at every call, at least float32."""
     prompts = ["a person in a red shirt", "grass at dusk", "a person in a blue shirt on sand"][:images]
     given = {
         "prompt": prompts,
@@ -231,4 +236,5 @@ def denoise(
         **arguments(family, images, size),
     }
     with guidance.attach(pipe) if guidance is not None else nullcontext():
-        return pipe(**given | changes).images.float()
+        latents = pipe(**given | changes).images
+    return latents.to(torch.promote_types(latents.dtype, torch.float32))

@@ -5,7 +5,6 @@ import inspect
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +48,20 @@ def first_values(sweep: str) -> list[str]:
     return [f"{key}={str(values).split(',')[0]}" for key, values in params.items()]
 
 
+# Of the published worlds sd15 stands for all in the fast tests: a test below makes sure that their files differ in
+# values alone.
+PUBLISHED = [world for world in WORLDS if world != "marionette"]
 RUNS = [
-    *(
-        (config_of(f"experiment/{name}"), [f"+experiment={name}", f"world={world}"])
-        for name in EXPERIMENTS
-        for world in WORLDS
-    ),
-    *(("prepare", [f"world={world}", *recipe]) for recipe, world in product(RECIPES, WORLDS)),
     *((config_of(f"sweep/{name}"), [f"+sweep={name}", *first_values(name)]) for name in SWEEPS),
-    *((name, [f"world={world}"]) for name in ("sample", "evaluate", "edit") for world in WORLDS),
+    *(
+        run if world in ("marionette", "sd15") else pytest.param(*run, marks=pytest.mark.slow)
+        for world in WORLDS
+        for run in (
+            *((config_of(f"experiment/{name}"), [f"+experiment={name}", f"world={world}"]) for name in EXPERIMENTS),
+            *(("prepare", [f"world={world}", *recipe]) for recipe in RECIPES),
+            *((name, [f"world={world}"]) for name in ("sample", "evaluate", "edit")),
+        )
+    ),
 ]
 
 
@@ -141,7 +145,9 @@ def test_targets_bind(file: str) -> None:
     assert not misfits(OmegaConf.to_container(OmegaConf.load(CONF / file)))
 
 
-@pytest.mark.parametrize(("config", "overrides"), RUNS, ids=[" ".join([name, *words]) for name, words in RUNS])
+@pytest.mark.parametrize(
+    ("config", "overrides"), RUNS, ids=lambda words: words if isinstance(words, str) else " ".join(words)
+)
 def test_run_composes_and_the_world_decides_in_one_place(config: str, overrides: list[str]) -> None:
     """A fine-tuned model, its precision and size reach everything that a run makes: labels, latents, images, edits."""
     own = {"path": "my/finetuned", "precision": "bfloat16"}
@@ -155,6 +161,26 @@ def test_run_composes_and_the_world_decides_in_one_place(config: str, overrides:
         builder = values["data"]["builder"]
         assert builder["source"]["resolution"] == 96 and builder["annotator"].get("line_width") in (None, 3)
         assert values["data"]["root"] == builder["root"] and values["world"]["name"] in builder["root"]
+
+
+def flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no mapping, with its dotted path."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from flat(value, f"{path}.{key}".lstrip("."))
+    else:
+        yield path, node
+
+
+def test_published_worlds_differ_in_values_alone() -> None:
+    shared = OmegaConf.load(CONF / "world/_published.yaml")
+    files = {world: OmegaConf.load(CONF / f"world/{world}.yaml") for world in PUBLISHED}
+    assert len(files) > 1 and all(list(file.defaults) == ["_published"] for file in files.values())
+    values = {world: dict(flat(OmegaConf.to_container(OmegaConf.merge(shared, file)))) for world, file in files.items()}
+    first, *others = values.values()
+    for other in others:
+        assert other.keys() == first.keys()
+        assert not [key for key in first if key.endswith("_target_") and other[key] != first[key]]
 
 
 def test_a_world_is_one_row() -> None:

@@ -28,7 +28,7 @@ class Material(NamedTuple):
     phase: float = 0.0
 
 
-PLAIN = Material((0, 0, 0))
+UNUSED = Material((0, 0, 0))  # of capsules that are not drawn
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ def paint_thing(thing: Thing) -> list[Material]:
     """The materials of a thing's capsules."""
     leaves, wood = Material((55, 110, 50), "patches", 3.0, 0.35), Material((95, 70, 45), "stripes", 4.0, 0.25)
     if thing.kind == "ball":
-        return [Material(COLORS[thing.color], "stripes", 1.2 / thing.size, 0.3), PLAIN]
+        return [Material(COLORS[thing.color], "stripes", 1.2 / thing.size, 0.3), UNUSED]
     if thing.kind == "rock":
         return [Material((120, 115, 110), "patches", 4.0, 0.25)] * 2
-    return {"bush": [leaves, leaves], "post": [wood, PLAIN], "tree": [wood, leaves]}[thing.kind]
+    return {"bush": [leaves, leaves], "post": [wood, UNUSED], "tree": [wood, leaves]}[thing.kind]
 
 
 def light_directions(scenes: Sequence[Scene]) -> Tensor:

@@ -1,4 +1,4 @@
-"""All that stands in a batch of scenes, seen from their cameras: capsules, frames, paints; joints and who sees them."""
+"""All that stands in a batch of scenes, seen from their cameras: capsules, frames, paints, and visible joints."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data_prep.marionette.body_parts import CLEAR, KEYPOINT_RADIUS, PARTS, SHOWS, palette
-from data_prep.marionette.materials import PLAIN, Paint, paint_part, paint_thing
+from data_prep.marionette.materials import UNUSED, Paint, paint_part, paint_thing
 from data_prep.marionette.raycast import Capsules, Views, intersect, place_cameras, to_pixels
 from data_prep.marionette.scene import MAX_PEOPLE, MAX_THINGS, POSE, SHAPE, Scene, Thing
 from data_prep.marionette.skeleton import Turn, body_points, place_on_ground
@@ -61,7 +61,7 @@ def set_stage(scenes: Sequence[Scene]) -> Stage:
     angles, builds = np.zeros((*shape, len(POSE))), np.ones((*shape, len(SHAPE)))
     place, present = torch.zeros(2, *shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.bool)
     worn = torch.zeros(*shape, len(PARTS), dtype=torch.float64)
-    paints = [[PLAIN] * (PEOPLE_PARTS + MAX_THINGS * THING_PARTS) for _ in scenes]
+    paints = [[UNUSED] * (PEOPLE_PARTS + MAX_THINGS * THING_PARTS) for _ in scenes]
     for b, scene in enumerate(scenes):
         for p, person in enumerate(scene.people):
             angles[b, p] = [person.pose[name] for name in POSE]

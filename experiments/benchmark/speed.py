@@ -18,7 +18,16 @@ from tqdm import tqdm
 
 from experiments.benchmark.architectures import UNETS, count_parameters, make_unet
 from experiments.benchmark.counting import counted_passes, flop_counter
-from experiments.benchmark.workloads import PLAIN, TASKS, Bench, Settings, clock, head_speed, modes_of, training_speed
+from experiments.benchmark.workloads import (
+    TASKS,
+    UNGUIDED_MODES,
+    Bench,
+    Settings,
+    clock,
+    head_speed,
+    modes_of,
+    training_speed,
+)
 from rg.backbone.loading import PRECISIONS
 from rg.cli import command, link_latest, quiet_libraries
 from rg.io.files import write_json
@@ -31,8 +40,8 @@ Run = tuple[str, str]
 
 def runs_of(modes: list[str] | None = None) -> list[Run]:
     """Everything that is measured, or those of some modes."""
-    tasks = [(task, mode) for task in TASKS for mode in modes_of(task) if mode not in PLAIN]
-    return [run for run in [*(("", mode) for mode in PLAIN), *tasks] if modes is None or run[1] in modes]
+    tasks = [(task, mode) for task in TASKS for mode in modes_of(task) if mode not in UNGUIDED_MODES]
+    return [run for run in [*(("", mode) for mode in UNGUIDED_MODES), *tasks] if modes is None or run[1] in modes]
 
 
 def lacking_memory(settings: Settings, margin: int = MEMORY_MARGIN) -> str | None:

@@ -26,7 +26,7 @@ from rg.heads.relative import pick
 
 TASKS = ("spatial", "drag")
 # Modes that do not depend on the task, and those that do. "record" is the reference's run, for a drag alone.
-PLAIN = ("plain", "floor")
+UNGUIDED_MODES = ("plain", "floor")
 GUIDED: dict[str, dict[str, Any]] = {
     "score": {"update": "score"},
     "score_checkpointing": {"update": "score", "checkpointing": True},
@@ -58,7 +58,7 @@ class Task:
 
 def modes_of(task: str) -> tuple[str, ...]:
     """Names of what is measured for a task."""
-    return (*PLAIN, *GUIDED, *(["record"] if task == "drag" else []), "released")
+    return (*UNGUIDED_MODES, *GUIDED, *(["record"] if task == "drag" else []), "released")
 
 
 class Bench:

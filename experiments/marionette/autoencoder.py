@@ -1,4 +1,4 @@
-"""The autoencoder of the embedded model: 64 x 64 images to 16 x 16 latents whose spread is learnt too."""
+"""The autoencoder of the embedded model: 64 x 64 images to 16 x 16 latents with a learnt standard deviation."""
 
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from experiments.marionette.threads import SpareThreads
 from experiments.marionette.trainer import Trainer, mixed_precision
 from rg.io.images import from_bytes, to_bytes
 
-LOG_VARIANCE = -6.0  # at the start: a spread of 0.05, small beside latents of about 1
+LOG_VARIANCE = -6.0  # at the start: a standard deviation of 0.05, small beside latents of about 1
 PREVIEWED = 12
 
 
@@ -55,7 +55,7 @@ def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
 def loss_of(vae: AutoencoderKL, generator: Generator, *, images: Tensor, batch_size: int, kl_weight: float) -> Tensor:
     """Negative evidence lower bound of a drawn batch, up to constants (Kingma and Welling, 2014, eq. 7).
 
-    The divergence from N(0, 1) is a mean over latent elements; its log-variance part sets the spread.
+    The divergence from N(0, 1) is a mean over latent elements; its log-variance part sets the standard deviation.
     """
     rows = torch.randint(len(images), (batch_size,), generator=generator, device=generator.device)
     batch = from_bytes(images[rows])
@@ -79,12 +79,12 @@ def preview(vae: AutoencoderKL, path: Path, *, images: Tensor) -> None:
 def finish(vae: AutoencoderKL, images: Tensor, held_out: Tensor, folder: Path) -> dict[str, float]:
     """Writes folder/model, of weights that half precision can hold, and the images' latents; returns its quality."""
     vae = vae.half().float()
-    mean, spread = encode(vae, images)
-    scale = 1 / (mean + spread * torch.randn(mean.shape, generator=Generator().manual_seed(0))).std().item()
+    mean, std = encode(vae, images)
+    scale = 1 / (mean + std * torch.randn(mean.shape, generator=Generator().manual_seed(0))).std().item()
     vae.register_to_config(scaling_factor=scale)
     vae.save_pretrained(folder / "model")
-    save(folder / "latents.pt", {"mean": mean * scale, "spread": spread * scale})
-    return quality(vae, held_out) | {"scaling_factor": scale, "spread": (spread * scale).mean().item()}
+    save(folder / "latents.pt", {"mean": mean * scale, "spread": std * scale})
+    return quality(vae, held_out) | {"scaling_factor": scale, "spread": (std * scale).mean().item()}
 
 
 def train_autoencoder(
@@ -93,7 +93,7 @@ def train_autoencoder(
     """Trains on renders, with (N, 3, H, W) uint8 held out; if that is not done yet, the same call continues.
 
     With settings["start"], the folder of a saved autoencoder, it goes on from that one's weights.
-    In the end folder holds model/ (see `finish`), latents.pt (mean and spread of renders, scaled) and quality.json.
+    In the end folder holds model/ (see `finish`), latents.pt (the moments of renders, scaled) and quality.json.
     """
     identity = settings | {"pictures": renders.name}
     done = folder / "quality.json"
@@ -121,7 +121,7 @@ CHUNK = 100
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and spread of the unscaled latents of images (N, 3, H, W) uint8, on the CPU."""
+    """Mean and standard deviation of the unscaled latents of images (N, 3, H, W) uint8, on the CPU."""
     parts, threads = [], SpareThreads()
     with tqdm(desc="encoding", total=len(images), disable=len(images) <= CHUNK) as progress:
         for chunk in images.split(CHUNK):
@@ -129,8 +129,8 @@ def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
             parts.append((posterior.mean.cpu(), posterior.std.cpu()))
             progress.update(len(chunk))
             threads.adapt()
-    means, spreads = zip(*parts, strict=True)
-    return torch.cat(means), torch.cat(spreads)
+    means, stds = zip(*parts, strict=True)
+    return torch.cat(means), torch.cat(stds)
 
 
 def psnr(decoded: Tensor, images: Tensor) -> float:
@@ -145,8 +145,8 @@ def quality(vae: AutoencoderKL, originals: Tensor) -> dict[str, float]:
     generator = Generator().manual_seed(0)
     columns: dict[str, list[Tensor]] = {"images": [], "mean": [], "sampled": []}
     for chunk in originals.split(CHUNK):
-        mean, spread = encode(vae, chunk)
-        sampled = mean + spread * torch.randn(mean.shape, generator=generator)
+        mean, std = encode(vae, chunk)
+        sampled = mean + std * torch.randn(mean.shape, generator=generator)
         columns["images"].append(from_bytes(chunk))
         for name, latents in (("mean", mean), ("sampled", sampled)):
             columns[name].append(vae.decode(latents.to(vae.device)).sample.cpu())

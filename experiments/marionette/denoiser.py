@@ -73,7 +73,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 
 
 def draw_timesteps(count: int, levels: int, generator: Generator) -> Tensor:
-    """One timestep from each of `count` equal parts of 0..levels, in random order: evenly spread in every batch."""
+    """One timestep from each of `count` equal parts of 0..levels, in random order: even in every batch."""
     order = torch.randperm(count, generator=generator, device=generator.device)
     within = torch.rand(count, generator=generator, device=generator.device)
     return ((order + within) / count * levels).long().clamp_max(levels - 1)
@@ -83,13 +83,13 @@ def loss_of(denoiser: Denoiser, generator: Generator, *, data: dict[str, Tensor]
     """Squared error of the predicted noise, weighted by min(SNR, 5) / SNR (Hang et al., 2023).
 
     Args:
-        data: mean and spread of the latents (N, 4, h, w), tokens (N, length), empty (1, length): those of the empty
-            prompt, and alphas_cumprod (T,).
+        data: mean and spread (standard deviation) of the latents (N, 4, h, w), tokens (N, length), empty (1, length):
+            those of the empty prompt, and alphas_cumprod (T,).
     """
     draw = {"generator": generator, "device": generator.device}
     rows = torch.randint(len(data["mean"]), (batch_size,), **draw)
-    mean, spread = data["mean"][rows].float(), data["spread"][rows].float()
-    latents = mean + spread * torch.randn(mean.shape, **draw)
+    mean, std = data["mean"][rows].float(), data["spread"][rows].float()
+    latents = mean + std * torch.randn(mean.shape, **draw)
     noise = torch.randn(mean.shape, **draw)
     left_out = torch.rand(batch_size, 1, **draw) < EMPTY
     tokens = torch.where(left_out, data["empty"], data["tokens"][rows])

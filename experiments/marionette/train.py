@@ -47,7 +47,7 @@ def export(trained: Path, output: Path) -> int:
         former.replace(output)
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial, max_shard_size=LARGEST_FILE)
-    for path in partial.rglob("*.json"):  # where the weights were last loaded from is nobody's business
+    for path in partial.rglob("*.json"):  # _name_or_path is a local path of this machine: not to be published
         text = json.loads(path.read_text(encoding="utf-8"))
         text.pop("_name_or_path", None)
         path.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")

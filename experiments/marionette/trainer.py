@@ -29,7 +29,7 @@ def step_generator(seed: int, step: int, device: torch.device) -> Generator:
 
 
 class Trainer:
-    """A network on its way, and the moving average of its weights that is kept in the end.
+    """Trains a network, and keeps a moving average of its weights, which is the result.
 
     The learning rate is constant after a short warm-up and falls to 0 in the last part of the steps: before that part
     begins the number of steps may still be changed. Without such a number it stays constant and training does not end:

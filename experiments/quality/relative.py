@@ -94,7 +94,7 @@ def measure(head: RelativeHead, samples: Groups, timestep: int, batch_size: int 
 
 def relative_estimates(head: RelativeHead, samples: Groups) -> dict[str, Estimate]:
     """Every score of the head at each of its noise levels. The baseline is the best of the raw taps, side by side or
-    alone, chosen by the very numbers that are shown, which flatters it."""
+    alone, chosen on the scored samples themselves: it is optimistic."""
     estimates = {}
     for timestep in head.hparams.val_timesteps:
         rows = measure(head, samples, timestep)

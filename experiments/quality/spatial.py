@@ -28,8 +28,8 @@ def guesses(truth: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def spatial_estimates(head: SpatialHead, samples: Samples, batch_size: int = 16) -> dict[str, Estimate]:
-    """Every score of the head at each of its noise levels. The baseline is the best of `guesses`, chosen by the very
-    numbers that are shown, which flatters it."""
+    """Every score of the head at each of its noise levels. The baseline is the best of `guesses`, chosen on the
+    scored samples themselves: it is optimistic."""
     score = SCORES[head.hparams.scores]
     estimates = {}
     for timestep in head.hparams.val_timesteps:

@@ -131,6 +131,6 @@ class ReadoutDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         """All held-out images in order, the last batch as short as it is.
 
-        With several ranks Lightning deals them out and repeats at most ranks - 1 images to make the shares even.
+        With several ranks Lightning splits them, and repeats at most ranks - 1 images to make the parts equal.
         """
         return DataLoader(self.val_set, batch_size=self.batch_size)

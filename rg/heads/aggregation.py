@@ -32,13 +32,13 @@ class Bottleneck(nn.Module):
 
     def forward(self, feature: Tensor, time_embedding: Tensor | None, size: Size, weight: Tensor) -> Tensor:
         """The block's output times a weight (), not negative."""
-        feature = feature.contiguous(memory_format=torch.channels_last)  # as the weights lie; a mixture is slow
+        feature = feature.contiguous(memory_format=torch.channels_last)  # of the weights; mixed formats are slow
         # A bias-free 1x1 convolution commutes with bilinear resizing: it runs on the smaller map.
         hidden = F.relu(self.norm1(_resize(self.conv1(feature), size)))
         if time_embedding is not None:
             hidden = hidden + F.relu(self.time(time_embedding))[:, :, None, None]
         hidden = F.relu(self.norm2(self.conv2(hidden)))
-        # w relu(a + b) = relu(w a + w b), and a norm's scale and shift take w for nothing.
+        # w relu(a + b) = relu(w a + w b): w is folded into the norms' affine parameters at no cost.
         hidden = _weighted(self.norm3, self.conv3(hidden), weight)
         if self.shortcut is None:
             return F.relu_(hidden.add_(weight * _resize(feature, size)))

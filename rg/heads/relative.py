@@ -73,5 +73,5 @@ def pick(readout: Tensor, points: Tensor) -> Tensor:
     """
     batch, channels, height, width = readout.shape
     index = flat_index(points, (height, width))[..., None].expand(batch, -1, channels)
-    # Channels last, as heads give their readouts: so the gradient lies too.
+    # Channels last, the memory format of readouts, so that the gradient has it too.
     return readout.permute(0, 2, 3, 1).flatten(1, 2).gather(1, index)

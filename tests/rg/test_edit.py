@@ -21,14 +21,14 @@ def heads(tmp_path_factory):
     widths = {"tap_channels": backbone.tap_channels, "time_embed_dim": backbone.time_embed_dim, **SMALL}
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("heads")
-    for name, kind in (("look", AppearanceHead), ("point", CorrespondenceHead), ("map", SpatialHead)):
+    for name, kind in (("style", AppearanceHead), ("point", CorrespondenceHead), ("map", SpatialHead)):
         kind(**widths).save_pretrained(folder / name)
     return folder
 
 
 @pytest.fixture
 def run(root, heads, tmp_path, monkeypatch):
-    """Images and trace of a command: `run("terms=[look]", "images=2")`."""
+    """Images and trace of a command: `run("terms=[style]", "images=2")`."""
 
     def call(*overrides):
         monkeypatch.chdir(heads)
@@ -45,8 +45,8 @@ def mean_energy(trace):
 
 
 def test_variations_come_nearer_to_the_reference(run, tmp_path):
-    guided, trace = run("terms=[look]", "images=2", "guidance.readout_scale=0.1")
-    plain, free = run("terms=[look]", "images=2", "guidance.readout_scale=0.0")
+    guided, trace = run("terms=[style]", "images=2", "guidance.readout_scale=0.1")
+    plain, free = run("terms=[style]", "images=2", "guidance.readout_scale=0.0")
     assert guided.shape == (2, 3, 64, 64) and not torch.equal(guided[0], guided[1])
     assert mean_energy(trace) < mean_energy(free)
     assert len(trace) == 4 and all((step.energy > 0).all() for step in trace)
@@ -56,7 +56,7 @@ def test_variations_come_nearer_to_the_reference(run, tmp_path):
 
 
 def test_from_the_same_noise_the_first_readout_is_the_references_own(run):
-    _, trace = run("terms=[look]", "images=1", "noise=reference")
+    _, trace = run("terms=[style]", "images=1", "noise=reference")
     assert float(trace[0].energy) == pytest.approx(0, abs=1e-5)
 
 
@@ -65,15 +65,15 @@ def test_a_drag_compares_its_two_ends(run):
     _, still = run("terms=[point]", "images=1", "noise=reference", "drag=[[20,30,20,30]]")
     assert float(still[0].energy) == pytest.approx(-1, abs=1e-5)
     point = "{head: point, weight: 2.0, class: rg.heads.CorrespondenceHead}"
-    words = [f"terms=[{{head: look, weight: 0.0}},{point}]"]
+    words = [f"terms=[{{head: style, weight: 0.0}},{point}]"]
     _, moved = run(*words, "images=1", "noise=reference", "drag=[[20,30,44,12]]")
     assert -2 < float(moved[0].energy) < -1e-3
 
 
 def test_a_real_image_is_inverted_and_comes_back(run, tmp_path):
-    run("terms=[look]", "images=1")
+    run("terms=[style]", "images=1")
     Image.open(tmp_path / "run" / "reference.png").convert("RGB").resize((96, 64)).save(tmp_path / "photo.png")
-    words = ["terms=[look]", "images=1", f"reference={tmp_path}/photo.png", "sampling.num_inference_steps=20"]
+    words = ["terms=[style]", "images=1", f"reference={tmp_path}/photo.png", "sampling.num_inference_steps=20"]
     run(*words)
     square = Image.open(tmp_path / "photo.png").crop((16, 0, 80, 64))
     back = Image.open(tmp_path / "run" / "reference.png")
@@ -85,23 +85,23 @@ def test_a_real_image_is_inverted_and_comes_back(run, tmp_path):
     ("words", "message"),
     [
         (["terms=[]"], r"terms: .*list.*\[\]"),
-        (["terms=look"], "terms: .*list.* look"),
-        (["terms=[look,{head: look, wait: 2}]"], r"terms\[1\]: .*wait"),
-        (["terms=[{head: look, weight: much}]"], r"terms\[0\]\.weight: .*number.*'much'"),
+        (["terms=style"], "terms: .*list.* style"),
+        (["terms=[style,{head: style, wait: 2}]"], r"terms\[1\]: .*wait"),
+        (["terms=[{head: style, weight: much}]"], r"terms\[0\]\.weight: .*number.*'much'"),
         (["terms=[{weight: 1}]"], r"terms\[0\]: .*{head: NAME.*weight.* 1}"),
-        (["terms=[{head: look, class: rg.heads.CorrespondenceHead}]"], "CorrespondenceHead.* AppearanceHead"),
-        (["terms=[{head: look, class: nowhere.Head}]"], "class=nowhere.Head: .*No module named 'nowhere'"),
+        (["terms=[{head: style, class: rg.heads.CorrespondenceHead}]"], "CorrespondenceHead.* AppearanceHead"),
+        (["terms=[{head: style, class: nowhere.Head}]"], "class=nowhere.Head: .*No module named 'nowhere'"),
         (["terms=[map]"], r"terms\[0\]\.head: .*SpatialHead"),
         (["terms=[nowhere]"], "nowhere"),
         (["terms=[point]"], "drag: .*correspondence head.*drag=None"),
-        (["terms=[look]", "drag=[[1,1,2,2]]"], r"drag: .*correspondence head.*drag=\[\[1, 1, 2, 2\]\]"),
+        (["terms=[style]", "drag=[[1,1,2,2]]"], r"drag: .*correspondence head.*drag=\[\[1, 1, 2, 2\]\]"),
         (["terms=[point]", "drag=[[1,1,2]]"], r"drag: .*from x.*\[\[1, 1, 2\]\]"),
         (["terms=[point]", "drag=[[1,1,80,2]]"], r"drag: .*64x64.*\[\[1, 1, 80, 2\]\]"),
-        (["terms=[look]", "boxes=[[0,0,64,64]]"], r"boxes: .*2 lists.*\[\[0, 0, 64, 64\]\]"),
-        (["terms=[look]", "boxes=[[0,0,64,64],[9,9,9,20]]"], r"boxes: .*64x64.*\[9, 9, 9, 20\]"),
-        (["terms=[look]", "noise=old"], "noise: .*new or reference.* old"),
-        (["terms=[look]", "reference=missing.png"], r"missing\.png"),
-        (["terms=[look]", "reference=missing.png", "scheduler=euler"], "reference: .*scheduler=ddim.* euler"),
+        (["terms=[style]", "boxes=[[0,0,64,64]]"], r"boxes: .*2 lists.*\[\[0, 0, 64, 64\]\]"),
+        (["terms=[style]", "boxes=[[0,0,64,64],[9,9,9,20]]"], r"boxes: .*64x64.*\[9, 9, 9, 20\]"),
+        (["terms=[style]", "noise=old"], "noise: .*new or reference.* old"),
+        (["terms=[style]", "reference=missing.png"], r"missing\.png"),
+        (["terms=[style]", "reference=missing.png", "scheduler=euler"], "reference: .*scheduler=ddim.* euler"),
     ],
 )
 def test_bad_words_are_refused_before_sampling(run, words, message):
@@ -112,7 +112,7 @@ def test_bad_words_are_refused_before_sampling(run, words, message):
 def test_boxes_are_compared_alone(run):
     """The same box of the same image is the same; another is not."""
     same = "[[0,0,32,64],[0,0,32,64]]"
-    _, trace = run("terms=[look]", "images=1", "noise=reference", f"boxes={same}")
+    _, trace = run("terms=[style]", "images=1", "noise=reference", f"boxes={same}")
     assert float(trace[0].energy) == pytest.approx(0, abs=1e-5)
-    _, trace = run("terms=[look]", "images=1", "noise=reference", "boxes=[[0,0,32,64],[32,0,64,64]]")
+    _, trace = run("terms=[style]", "images=1", "noise=reference", "boxes=[[0,0,32,64],[32,0,64,64]]")
     assert float(trace[0].energy) > 1e-4

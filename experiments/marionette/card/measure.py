@@ -252,7 +252,7 @@ def sample(
     """
     model, parts = model_id(backbone), []
     (folder / name).mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(prompts), desc=f"sampling {name}", unit="picture") as bar:
+    with tqdm(total=len(prompts), desc=f"sampling {name}", unit="image") as bar:
         for start in range(0, len(prompts), batch_size):
             chosen = slice(start, start + batch_size)
             batch = {"prompts": list(prompts[chosen]), "seeds": list(seeds[chosen])}

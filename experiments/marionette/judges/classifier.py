@@ -30,7 +30,7 @@ from rg.detectors.keypoints import crop
 from rg.io.images import from_bytes
 
 JITTER = {"turn": 0.1, "zoom": 0.1, "shift": 0.1}
-WORSE = {"blur": 0.5, "light": 0.1, "offset": 0.05, "noise": 0.06}
+DEGRADATION = {"blur": 0.5, "light": 0.1, "offset": 0.05, "noise": 0.06}
 CHUNK = 100
 NAMES = list(ATTRIBUTES)
 # The attribute that each one becomes when an image of two people is mirrored: they change places.
@@ -69,7 +69,7 @@ def draw_batch(renders: Renders, size: int, generator: Generator) -> tuple[Tenso
     exchanged = is_mirrored(matrices) & (classes[:, NAMES.index("people")] == 1)
     classes = torch.where(exchanged[:, None], classes[:, MIRROR], classes)
     masks = torch.where(exchanged[:, None, None, None], masks[:, MIRROR], masks)
-    return degrade(images, generator, **WORSE), classes, masks
+    return degrade(images, generator, **DEGRADATION), classes, masks
 
 
 def attention_loss(maps: Tensor, masks: Tensor) -> Tensor:

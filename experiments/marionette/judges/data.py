@@ -28,7 +28,7 @@ LATENT_NOISE = 0.15  # largest standard deviation added to scaled latents, whose
 CHUNK = 100
 # Every so many images have colours that the embedded model never sees together: a judge sees all pairs alike.
 UNSEEN_EVERY = 8
-NOBODY = (1e6, 1e6)  # a place on the ground that no camera sees
+OUT_OF_SIGHT = (1e6, 1e6)  # a place on the ground that no camera sees
 SECOND_PERSON = 32  # more than there are LABELS
 
 
@@ -79,11 +79,11 @@ def through_autoencoder(images: Tensor, backbone: DiffusionBackbone, generator: 
     parts = []
     for chunk in tqdm(images.split(CHUNK), desc="autoencoder", unit_scale=CHUNK):
         with mixed_precision(backbone.device):
-            latents, spread = (x.float().cpu() for x in backbone.encode(from_bytes(chunk)))
+            latents, std = (x.float().cpu() for x in backbone.encode(from_bytes(chunk)))
             if generator is not None:
                 strength = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, generator=generator)
-                spread = (spread**2 + strength**2).sqrt()
-                latents = latents + spread * torch.randn(latents.shape, generator=generator)
+                std = (std**2 + strength**2).sqrt()
+                latents = latents + std * torch.randn(latents.shape, generator=generator)
             parts.append(to_bytes(backbone.decode(latents)))
     return torch.cat(parts)
 
@@ -95,7 +95,9 @@ def make_empty(seed: int, split: str, people: Tensor, backbone: DiffusionBackbon
     """
     n, side, few = len(people), people.shape[-1], -(-len(people) // 3)
     scenes = [draw_scene((seed, SPLITS[split], index), {"one": 1.0}) for index in range(few)]
-    scenes = [replace(scene, people=tuple(replace(who, place=NOBODY) for who in scene.people)) for scene in scenes]
+    scenes = [
+        replace(scene, people=tuple(replace(person, place=OUT_OF_SIGHT) for person in scene.people)) for scene in scenes
+    ]
     alone = [render_scenes(scenes[i : i + 8], resolution=side, supersampling=1).image for i in range(0, few, 8)]
     tiles = F.unfold(people[:few].float(), side // 8, stride=side // 8)
     order = torch.rand(len(tiles), 1, tiles.shape[-1], generator=generator).argsort(-1).expand_as(tiles)

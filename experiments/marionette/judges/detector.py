@@ -51,11 +51,11 @@ def detection_loss(cells: Tensor, absent: Tensor, keypoints: Tensor, size: Size)
     return (weight * -(target * logs).sum(-1)).mean()
 
 
-def finder_loss(scores: Tensor, boxes: Tensor, target: Tensor, present: Tensor) -> Tensor:
+def person_loss(scores: Tensor, boxes: Tensor, target: Tensor, present: Tensor) -> Tensor:
     """The losses of Zhou et al. (2019): a focal loss of the centres, eq. 1, and errors of the boxes near them.
 
     Args:
-        scores: (B, h, w) logits and boxes: (B, h, w, 4) in pixels, of the finder's cells.
+        scores: (B, h, w) logits and boxes: (B, h, w, 4) in pixels, of the cells of the person detector.
         target: (B, P, 4) boxes in pixels. present: (B, P) bool, which of them there are.
     """
     h, w = scores.shape[1:]
@@ -63,8 +63,8 @@ def finder_loss(scores: Tensor, boxes: Tensor, target: Tensor, present: Tensor) 
     centre = rescale(target[..., :2], (h * PATCH, w * PATCH), (h, w))
     centre = torch.minimum(centre.round(), torch.tensor([w - 1, h - 1])).clamp_min(0)
     offset = cells - centre[:, :, None, None]  # (B, P, h, w, 2)
-    spread = (target[..., 2:] / PATCH / 6).clamp_min(0.7)[:, :, None, None]
-    bumps = (-((offset / spread) ** 2).sum(-1) / 2).exp() * present[..., None, None]
+    std = (target[..., 2:] / PATCH / 6).clamp_min(0.7)[:, :, None, None]
+    bumps = (-((offset / std) ** 2).sum(-1) / 2).exp() * present[..., None, None]
     heat, owner = (x.to(scores.device) for x in bumps.max(1))
     hit = heat == 1
     found, missed = F.logsigmoid(scores), F.logsigmoid(-scores)
@@ -101,7 +101,7 @@ def run(settings: dict[str, Any], deadline: float = math.inf) -> str:
             scores, boxes = network.finder(batch.images.to(device))
         size = (batch.crops.shape[-2], batch.crops.shape[-1])
         poses = detection_loss(cells, absent, batch.keypoints, size)
-        return poses + finder_loss(scores, boxes, batch.boxes, batch.present)
+        return poses + person_loss(scores, boxes, batch.boxes, batch.present)
 
     return finish(train(detector, loss, backbone, settings, deadline), backbone, settings)
 
@@ -117,9 +117,9 @@ if __name__ == "__main__":
 
 
 JITTER = {"turn": 0.15, "zoom": 0.15, "shift": 0.2}
-CROP_JITTER = {"turn": 0.15, "zoom": 0.15, "shift": 0.12}  # more than the finder's own errors
-WORSE = {"blur": 1.0, "light": 0.2, "offset": 0.15, "noise": 0.1}
-OUTSIDE = -1e4  # where the keypoints of nobody are
+CROP_JITTER = {"turn": 0.15, "zoom": 0.15, "shift": 0.12}  # more than the errors of the found boxes
+DEGRADATION = {"blur": 1.0, "light": 0.2, "offset": 0.15, "noise": 0.1}
+OUTSIDE = -1e4  # coordinates of the keypoints of an absent person
 
 
 class Batch(NamedTuple):
@@ -164,10 +164,10 @@ def draw_batch(renders: Renders, empty: Tensor, size: int, generator: Generator)
 
     whole, moved = warp(images, keypoints, jitter(size, generator, **JITTER), side)
     return Batch(
-        degrade(whole, generator, **WORSE),
+        degrade(whole, generator, **DEGRADATION),
         boxes_around(moved, (side, side)),
         present,
-        degrade(crops, generator, **WORSE),
+        degrade(crops, generator, **DEGRADATION),
         joints[:, 0],
     )
 
@@ -199,7 +199,7 @@ def make_held_out(backbone: DiffusionBackbone, seed: int, split: str, count: int
 
 
 def detect(detector: KeypointDetector, images: Tensor, people: int, device: str) -> Detection:
-    """The detector's word on images (N, 3, H, W) uint8."""
+    """What the detector finds in images (N, 3, H, W) uint8."""
     found = [detector.detect(from_bytes(chunk).to(device), people) for chunk in images.split(CHUNK)]
     return Detection(*(torch.cat(column).cpu() for column in zip(*found, strict=True)))
 

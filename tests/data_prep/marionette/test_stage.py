@@ -30,7 +30,7 @@ def pixel(x, y, z=0.0, resolution=64):
     return (x * scale + 1) * resolution / 2 - 0.5, (1 - (y - 0.9) * scale) * resolution / 2 - 0.5
 
 
-def look(one, resolution=64):
+def keypoints_of(one, resolution=64):
     return keypoints(set_stage([one]), resolution)[0]
 
 
@@ -39,7 +39,7 @@ def seen(found, who=0):
 
 
 def test_a_person_standing_upright_projects_where_anatomy_says(scene, person):
-    found = look(scene(person()))
+    found = keypoints_of(scene(person()))
     expected = {
         "nose": (0, 0.71, 0.125), "neck": (0, 0.52, 0), "right_shoulder": (-0.19, 0.49, 0),
         "right_elbow": (-0.19, 0.21, 0), "left_wrist": (0.19, -0.05, 0), "left_hip": (0.11, 0, 0),
@@ -53,29 +53,29 @@ def test_a_person_standing_upright_projects_where_anatomy_says(scene, person):
 
 
 def test_a_person_with_open_arms_shows_every_joint(scene, person):
-    assert seen(look(scene(person(**OPEN)))) == set(KEYPOINTS)
+    assert seen(keypoints_of(scene(person(**OPEN)))) == set(KEYPOINTS)
 
 
 def test_keypoints_grow_with_the_image(scene, person):
-    small, large = (look(scene(person(yaw=0.5)), resolution) for resolution in (64, 192))
+    small, large = (keypoints_of(scene(person(yaw=0.5)), resolution) for resolution in (64, 192))
     torch.testing.assert_close((small[0, :, :2] + 0.5) * 3 - 0.5, large[0, :, :2])
     assert torch.equal(small[..., 2], large[..., 2])
 
 
 def test_a_person_facing_away_hides_the_face(scene, person):
-    found = look(scene(person(yaw=math.pi, **OPEN)))
+    found = keypoints_of(scene(person(yaw=math.pi, **OPEN)))
     assert set(KEYPOINTS) - seen(found) == {"nose", "right_eye", "left_eye"}
     assert found[0, KEYPOINTS.index("right_hip"), 0] > found[0, KEYPOINTS.index("left_hip"), 0]
 
 
 def test_turning_the_camera_is_turning_the_person_the_other_way(scene, person):
-    turned, around = look(scene(person(yaw=-0.7))), look(scene(person(), camera=Camera(yaw=0.7)))
+    turned, around = keypoints_of(scene(person(yaw=-0.7))), keypoints_of(scene(person(), camera=Camera(yaw=0.7)))
     torch.testing.assert_close(turned, around, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("yaw", "near", "far"), [(math.pi / 2, "right", "left"), (-math.pi / 2, "left", "right")])
 def test_a_person_in_profile_hides_the_far_side_and_a_hand_hides_the_near_hip(scene, person, yaw, near, far):
-    hidden = set(KEYPOINTS) - seen(look(scene(person(yaw=yaw))))
+    hidden = set(KEYPOINTS) - seen(keypoints_of(scene(person(yaw=yaw))))
     far_side = {name for name in KEYPOINTS if name.startswith(far)}
     # One bar joins both shoulders, and its near end is in sight; perspective may uncover what is far and large.
     assert f"{near}_hip" in hidden and hidden - {f"{near}_hip"} <= far_side
@@ -84,30 +84,30 @@ def test_a_person_in_profile_hides_the_far_side_and_a_hand_hides_the_near_hip(sc
 
 def test_glasses_and_hats_hide_no_eyes_of_an_upright_head(scene, person, shoot):
     dressed = scene(person(worn={"glasses": True, "hat": "red"}))
-    assert {"right_eye", "left_eye"} <= seen(look(dressed))
+    assert {"right_eye", "left_eye"} <= seen(keypoints_of(dressed))
     assert {LABELS.index("glasses"), LABELS.index("hat")} <= set(shoot(dressed).parts.unique().tolist())
 
 
 def test_a_hand_before_the_face_hides_the_nose(scene, person):
     raised = {"right_arm_swing": -1.4, "right_elbow": 2.1, "right_elbow_twist": -0.5}
     aside = Camera(yaw=-0.75)
-    assert {"nose", "right_eye", "right_wrist"} <= seen(look(scene(person(**OPEN), camera=aside)))
-    shown = seen(look(scene(person(**raised), camera=aside)))
+    assert {"nose", "right_eye", "right_wrist"} <= seen(keypoints_of(scene(person(**OPEN), camera=aside)))
+    shown = seen(keypoints_of(scene(person(**raised), camera=aside)))
     assert "nose" not in shown and {"right_wrist", "right_ear"} <= shown
 
 
 def test_another_person_in_front_hides_every_joint(scene, person):
     small, giant = person(worn={"height": 0.8}, **OPEN), person(worn={"girth": 4.0}, place=(0.0, 1.0))
-    assert seen(look(scene(small))) == set(KEYPOINTS)
-    found = look(scene(small, giant, kind="two"))
+    assert seen(keypoints_of(scene(small))) == set(KEYPOINTS)
+    found = keypoints_of(scene(small, giant, kind="two"))
     assert seen(found, 0) <= {"right_ankle", "left_ankle"}
     assert {"neck", "right_hip", "left_hip"} <= seen(found, 1)
 
 
 def test_a_thing_hides_what_is_behind_it(scene, person):
     before, behind = (scene(person(**OPEN), things=(Thing("ball", 0.12, (-0.1, z)),)) for z in (0.5, -0.5))
-    assert set(KEYPOINTS) - seen(look(before)) == {"right_ankle"}
-    assert seen(look(behind)) == set(KEYPOINTS)
+    assert set(KEYPOINTS) - seen(keypoints_of(before)) == {"right_ankle"}
+    assert seen(keypoints_of(behind)) == set(KEYPOINTS)
 
 
 @pytest.mark.parametrize(("capsule", "gap", "visible"), [(0, 0.02, 1), (0, 0.04, 0), (len(PARTS), 0.02, 0)])
@@ -124,7 +124,7 @@ def test_an_own_part_hides_a_joint_only_from_its_radius_on_and_another_persons_a
 
 
 def test_a_joint_outside_of_the_image_keeps_its_place_and_is_not_visible(scene, person):
-    found = look(scene(person(place=(0.85, 0.0), right_arm_spread=0.3)))
+    found = keypoints_of(scene(person(place=(0.85, 0.0), right_arm_spread=0.3)))
     x, y, visible = found[0, KEYPOINTS.index("left_wrist")].tolist()
     assert (x, y, visible) == pytest.approx((*pixel(0.85 + 0.19, PELVIS - 0.05), 0), abs=1e-4)
     assert "right_wrist" in seen(found)
@@ -132,7 +132,7 @@ def test_a_joint_outside_of_the_image_keeps_its_place_and_is_not_visible(scene, 
 
 def test_a_camera_that_looks_away_sees_nobody(scene, person, shoot):
     away = scene(person(place=(0.0, 6.0)))  # behind the camera
-    assert seen(look(away)) == set() and not shoot(away).instances.any()
+    assert seen(keypoints_of(away)) == set() and not shoot(away).instances.any()
 
 
 def test_front_most_depths_by_hand(scene, person):

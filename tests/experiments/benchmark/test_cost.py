@@ -23,6 +23,7 @@ def guidance(**settings):
     return ReadoutGuidance([GuidanceTerm(lambda features, time: features[0])], **settings)
 
 
+@pytest.mark.slow
 def test_counts_of_stable_diffusion(root):
     model = counted(configuration(root, "world=sd15"))
     assert model.unet.parameters == 859_520_964 and model.head.parameters == 8_484_751  # both as published
@@ -60,7 +61,7 @@ def test_training_counts_steps_validations_and_the_making_of_data(root, model):
     found = training_cost(cfg, model)
     expected = 20 * 4 * (read + model.train) + 2 * 10 * 4 * read + 110 * model.encode
     assert found["flop"] == expected
-    # Two images of 64x64 and the latents' mean and spread in half precision.
+    # Two images of 64x64 and the latents' mean and standard deviation in half precision.
     assert found["disk"] == 110 * (2 * 3 * 64**2 + 2 * 2 * 4 * 16**2 + 4096) + 16 * model.head.parameters
     lines = "\n".join(sheet(configuration(root, "hardware.memory_gb=0.001"), model, found, 1e9))
     assert f"{expected / 3.6e12:.3g} hours at 1 GFLOP/s" in lines and "does not fit in 0.001 GB" in lines

@@ -35,17 +35,17 @@ def test_reconstruction_loss_weighs_its_parts() -> None:
     torch.testing.assert_close(reconstruction_loss(images + ramp, images), torch.tensor(0.035 + 0.15 + 0.5 * 0.1))
 
 
-def test_latents_begin_with_a_small_spread() -> None:
+def test_latents_begin_with_a_small_deviation() -> None:
     vae = make_autoencoder([8, 8, 8], 64, seed=0)
-    mean, spread = encode(vae, torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))
+    mean, std = encode(vae, torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))
     assert mean.shape == (4, 4, 16, 16)
-    torch.testing.assert_close(spread, torch.full_like(spread, math.exp(-3)), atol=0.02, rtol=0)
+    torch.testing.assert_close(std, torch.full_like(std, math.exp(-3)), atol=0.02, rtol=0)
     one, same, other = (make_autoencoder([8, 8], 64, seed).encoder.conv_in.weight for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_loss_is_reconstruction_and_divergence() -> None:
-    """With known moments the divergence from N(0, 1) is known, and what is decoded has the known spread."""
+    """With known moments the divergence from N(0, 1) is known, and what is decoded has the known deviation."""
     vae, seen = make_autoencoder([8, 8, 8], 64, seed=0).requires_grad_(False), []
     vae.quant_conv.weight.zero_()
     vae.quant_conv.bias[:4], vae.quant_conv.bias[4:] = 2.0, -1.0

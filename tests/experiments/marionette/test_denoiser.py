@@ -25,14 +25,14 @@ def denoiser(settings: dict[str, Any], words: CLIPTokenizer) -> Denoiser:
     return Denoiser(settings["denoiser"]["unet"], settings["denoiser"]["text"], words, 16).requires_grad_(False)
 
 
-def data(words: CLIPTokenizer, *, mean: float = 0.0, spread: float = 1.0, levels: list[float]) -> dict[str, Tensor]:
+def data(words: CLIPTokenizer, *, mean: float = 0.0, std: float = 1.0, levels: list[float]) -> dict[str, Tensor]:
     shape = (2, 4, 16, 16)
-    latents = {"mean": torch.full(shape, mean), "spread": torch.full(shape, spread)}
+    latents = {"mean": torch.full(shape, mean), "spread": torch.full(shape, std)}
     tokens = {"tokens": tokenize(words, PROMPTS), "empty": tokenize(words, [""])}
     return latents | tokens | {"alphas_cumprod": torch.tensor(levels)}
 
 
-def test_timesteps_are_spread_evenly() -> None:
+def test_timesteps_are_even_in_a_batch() -> None:
     for seed in range(5):
         drawn = draw_timesteps(20, 1000, Generator().manual_seed(seed))
         assert (drawn.sort().values // 50).tolist() == list(range(20))
@@ -64,14 +64,14 @@ def test_loss_weighs_by_the_capped_signal_to_noise_ratio(denoiser: Denoiser, wor
     assert loss.item() == pytest.approx(min(snr, 5) / snr, rel=0.03)
 
 
-def test_latents_are_drawn_with_their_spread_and_made_noisy(denoiser: Denoiser, words: CLIPTokenizer) -> None:
+def test_latents_are_drawn_with_their_deviation_and_made_noisy(denoiser: Denoiser, words: CLIPTokenizer) -> None:
     seen: list[Tensor] = []
     denoiser.unet.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    for level, mean, spread in ((1 - 1e-6, 2.0, 0.5), (0.36, 0.6 * 2, (0.36 * 0.25 + 0.64) ** 0.5)):
-        given = data(words, mean=2.0, spread=0.5, levels=[level])
+    for level, mean, std in ((1 - 1e-6, 2.0, 0.5), (0.36, 0.6 * 2, (0.36 * 0.25 + 0.64) ** 0.5)):
+        given = data(words, mean=2.0, std=0.5, levels=[level])
         loss_of(denoiser, step_generator(0, 0, CPU), data=given, batch_size=32)
         assert seen[-1].mean().item() == pytest.approx(mean, abs=0.02)
-        assert seen[-1].std().item() == pytest.approx(spread, abs=0.02)
+        assert seen[-1].std().item() == pytest.approx(std, abs=0.02)
 
 
 def test_some_prompts_are_left_out(denoiser: Denoiser, words: CLIPTokenizer) -> None:

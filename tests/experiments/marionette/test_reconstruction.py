@@ -32,13 +32,13 @@ def test_quality_of_a_constant_decoder(vae: AutoencoderKL) -> None:
     assert found == {"psnr_mean": pytest.approx(expected, abs=1e-3), "psnr_sampled": pytest.approx(expected, abs=1e-3)}
 
 
-def test_quality_of_a_sample_is_less_by_its_spread(vae: AutoencoderKL) -> None:
+def test_quality_of_a_sample_is_less_by_its_noise(vae: AutoencoderKL) -> None:
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found = []
     for log_variance in (-30.0, 2.0):
         vae.quant_conv.weight[4:], vae.quant_conv.bias[4:] = 0.0, log_variance
-        mean, spread = encode(vae, images)
-        torch.testing.assert_close(spread, torch.full_like(mean, math.exp(log_variance / 2)))
+        mean, std = encode(vae, images)
+        torch.testing.assert_close(std, torch.full_like(mean, math.exp(log_variance / 2)))
         found.append(quality(vae, images))
     assert found[0]["psnr_mean"] == found[1]["psnr_mean"] == pytest.approx(found[0]["psnr_sampled"], abs=1e-3)
     assert found[1]["psnr_sampled"] < found[1]["psnr_mean"] - 0.01
@@ -46,8 +46,8 @@ def test_quality_of_a_sample_is_less_by_its_spread(vae: AutoencoderKL) -> None:
 
 def test_encoding_counts_images_and_keeps_their_order(vae: AutoencoderKL, capsys: pytest.CaptureFixture[str]) -> None:
     images = torch.arange(CHUNK + 3, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
-    mean, spread = encode(vae, images)
-    assert mean.shape == spread.shape == (CHUNK + 3, 4, 2, 2)
+    mean, std = encode(vae, images)
+    assert mean.shape == std.shape == (CHUNK + 3, 4, 2, 2)
     assert f" {CHUNK + 3}/{CHUNK + 3} " in capsys.readouterr().err
     torch.testing.assert_close(encode(vae, images[-2:])[0], mean[-2:], atol=1e-5, rtol=1e-4)
     assert not capsys.readouterr().err

@@ -36,26 +36,27 @@ def with_tiny_commands(settings: dict[str, Any], folder: Path) -> dict[str, Any]
 def test_calls_without_time_get_through_all_stages(
     training: Callable[..., dict[str, Any]], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = with_tiny_commands(training(tmp_path, "max_minutes=0"), tmp_path)
+    words = ["max_minutes=0", "autoencoder.steps=2", "denoiser.steps=2"]
+    settings = with_tiny_commands(training(tmp_path, *words), tmp_path)
     with initialize_config_dir(config_dir=str(root / "conf"), version_base="1.3"):
-        assert [run(settings, "python -m x") for _ in range(9)] == [False] * 8 + [True]
+        assert [run(settings, "python -m x") for _ in range(7)] == [False] * 6 + [True]
     printed = capsys.readouterr().out
-    for stage, calls in zip(STAGES, (3, 3, 1, 1, 1), strict=True):
+    for stage, calls in zip(STAGES, (2, 2, 1, 1, 1), strict=True):
         assert printed.count(f"{stage}: done, ") == 1 and printed.count(f"{stage}: not done yet, ") == calls - 1
 
     record = json.loads((tmp_path / "work/record.json").read_text())
     assert record.pop("command") == "python -m x" and set(record) == {"pictures", *STAGES[:-1]}
     assert all(found["seconds"] > 0 for found in record.values())
-    assert [record[stage]["steps"] for stage in STAGES[:-1]] == [3, 3, 1, 1]
+    assert [record[stage]["steps"] for stage in STAGES[:-1]] == [2, 2, 1, 1]
     assert record["autoencoder"]["quality"]["psnr_mean"] > 0
-    assert record["unet"]["settings"]["steps"] == 3 and record["detector"]["batch_size"] == 8
+    assert record["unet"]["settings"]["steps"] == 2 and record["detector"]["batch_size"] == 8
 
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["classifier", "detector", "marionette"]
     card = (tmp_path / "models/marionette/README.md").read_text()
     assert f"python -m experiments.marionette.card.measure model={tmp_path}/models/marionette" in card.replace(
         "\n", " "
     )
-    assert "| unet | 3 | 4 |" in card
+    assert "| unet | 2 | 4 |" in card
     assert DiffusionBackbone.from_pretrained(str(tmp_path / "models/marionette")).resolution == (64, 64)
 
 

@@ -36,9 +36,9 @@ def test_latents_are_scaled(backbone):
     mean, std = backbone.encode(images)
     decoded = backbone.decode(mean)
     backbone.vae.register_to_config(scaling_factor=2 * backbone.vae.config.scaling_factor)
-    twice, spread = backbone.encode(images)
+    twice, twice_std = backbone.encode(images)
     torch.testing.assert_close(twice, 2 * mean)
-    torch.testing.assert_close(spread, 2 * std)
+    torch.testing.assert_close(twice_std, 2 * std)
     torch.testing.assert_close(backbone.decode(twice), decoded)
 
 

@@ -100,13 +100,13 @@ def test_timesteps_cover_the_whole_range_evenly(backbone):
     assert (counts - 400).abs().max() < 5 * math.sqrt(400)
 
 
-def test_latents_spread_as_the_autoencoder_says(backbone):
+def test_latents_have_the_autoencoders_deviation(backbone):
     batch = make_batch(list(range(500)), [0] * 500)
     latents, noise, _ = make_head(backbone).sample_noise(batch)
-    spread = (latents - batch["latent_mean"]) / 0.1
-    for sample in (spread, noise):
+    deviation = (latents - batch["latent_mean"]) / 0.1
+    for sample in (deviation, noise):
         assert abs(sample.mean()) < 0.02 and abs(sample.std() - 1) < 0.02
-    assert abs((spread * noise).mean()) < 0.02
+    assert abs((deviation * noise).mean()) < 0.02
 
 
 def test_validation_is_repeatable_and_never_sees_training_noise(backbone):

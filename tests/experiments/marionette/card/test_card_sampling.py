@@ -36,7 +36,7 @@ def test_other_settings_and_weights_are_sampled_anew(
     assert len(list((tmp_path / "few").glob("*.npz"))) == 3
 
 
-def test_reconstructions_of_mean_and_sample_differ_by_the_spread(
+def test_reconstructions_of_mean_and_sample_differ_by_the_noise(
     tiny_pipeline: Callable[..., StableDiffusionPipeline],
 ):
     backbone = DiffusionBackbone(tiny_pipeline())

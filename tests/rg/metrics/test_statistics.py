@@ -15,7 +15,7 @@ def test_the_interval_of_a_mean_is_students():
     assert (found.low, found.high) == pytest.approx((3 - half, 3 + half), abs=2e-3)
 
 
-def test_one_sample_says_nothing_of_the_spread_and_none_nothing_at_all():
+def test_one_sample_says_nothing_of_the_deviation_and_none_nothing_at_all():
     assert around(0.5, 0.0, 1, 0.1).high == math.inf
     with pytest.raises(ValueError, match="at least one .* none"):
         of_mean(torch.full((3,), float("nan")), 0.0)
