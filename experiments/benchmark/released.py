@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rg.backbone.conditions import Condition, encode_condition
 from rg.backbone.features import predict
-from rg.heads.base import ReadoutHead, time_embedding
+from rg.heads.base import ReadoutHead
+from rg.heads.protocol import time_embedding
 
 # Energy (B,) of the edited images' readouts, given those of the references.
 Compare = Callable[[Tensor, Tensor], Tensor]

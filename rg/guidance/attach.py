@@ -25,7 +25,7 @@ from rg.backbone.denoiser import (
     time_embed_dim,
 )
 from rg.backbone.features import check_sample
-from rg.heads.base import EnergyHead, FunctionHead, ReadoutHead
+from rg.heads.protocol import EnergyHead, FunctionHead
 
 if TYPE_CHECKING:
     from rg.guidance.guidance import ReadoutGuidance
@@ -60,10 +60,9 @@ def answering(
 
 def check_head(head: EnergyHead, pipe: DiffusionPipeline) -> None:
     """Raises ValueError when a head was made for another model, or is in another precision or place than it must be."""
+    denoiser = denoiser_of(pipe)
+    head.check_taps(tap_channels(denoiser), time_embed_dim(denoiser), condition_dim(denoiser))
     network = head.function if isinstance(head, FunctionHead) else head
-    if isinstance(network, ReadoutHead):
-        denoiser = denoiser_of(pipe)
-        network.check_taps(tap_channels(denoiser), time_embed_dim(denoiser), condition_dim(denoiser))
     weight = next(network.parameters(), None) if isinstance(network, nn.Module) else None
     if weight is None:
         return

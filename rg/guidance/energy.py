@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rg.guidance.targets import ReferenceTarget
-from rg.heads.base import time_embedding
+from rg.heads.protocol import time_embedding
 from rg.points import Size
 
 if TYPE_CHECKING:

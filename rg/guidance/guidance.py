@@ -16,7 +16,7 @@ from rg.backbone.denoiser import check_pipeline
 from rg.guidance.attach import answering, check_scheduler, shift_scheduler_input
 from rg.guidance.step import GuidedStep, RecordedStep, StepTrace
 from rg.guidance.targets import FixedTarget, ReferenceTarget
-from rg.heads.base import EnergyHead, FunctionHead
+from rg.heads.protocol import EnergyHead, FunctionHead
 
 UPDATES = ("score", "adam")
 BRANCHES = ("uncond", "cond", "both")
@@ -50,7 +50,7 @@ class GuidanceTerm:
             object.__setattr__(self, "head", FunctionHead(self.head))
         if self.target is not None and isinstance(self.head, FunctionHead):
             given = type(self.head.function).__name__
-            raise TypeError(f"a term with a target needs a head with all of rg.heads.base.EnergyHead, got a {given}")
+            raise TypeError(f"a term with a target needs all of rg.heads.protocol.EnergyHead, got a {given}")
 
 
 class ReadoutGuidance:

@@ -6,7 +6,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from rg.heads.base import EnergyHead
+from rg.heads.protocol import EnergyHead
 from rg.io.images import from_bytes, pixels
 from rg.points import Size
 

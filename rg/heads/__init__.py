@@ -3,21 +3,29 @@
 import json
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rg.heads.appearance import AppearanceHead
-from rg.heads.base import ReadoutHead
-from rg.heads.correspondence import CorrespondenceHead
-from rg.heads.spatial import SpatialHead
 from rg.models import locate
 
-HEADS: dict[str, type[ReadoutHead]] = {
-    "AppearanceHead": AppearanceHead,
-    "CorrespondenceHead": CorrespondenceHead,
-    "SpatialHead": SpatialHead,
+if TYPE_CHECKING:
+    from rg.heads.base import ReadoutHead
+
+# The module of each class of head that a folder may name.
+HEADS = {
+    "AppearanceHead": "rg.heads.appearance",
+    "CorrespondenceHead": "rg.heads.correspondence",
+    "SpatialHead": "rg.heads.spatial",
 }
 
 
-def load_head(folder: str | Path, class_path: str | None = None) -> ReadoutHead:
+def __getattr__(name: str) -> "type[ReadoutHead]":
+    # Looked up on first use: guidance needs the contract alone, and not Lightning.
+    if name not in HEADS:
+        raise AttributeError(f"module 'rg.heads' has no attribute {name!r}")
+    return getattr(import_module(HEADS[name]), name)
+
+
+def load_head(folder: str | Path, class_path: str | None = None) -> "ReadoutHead":
     """Loads whichever head was saved by `save_pretrained`, from its folder or by the name of a shipped one.
 
     Args:
@@ -40,15 +48,17 @@ def load_head(folder: str | Path, class_path: str | None = None) -> ReadoutHead:
             f"head={folder}: expected one of the classes {sorted(HEADS)}, found {name!r}; a class of your own has to "
             "be given too, as head.class=module.Class"
         )
-    return HEADS[name].from_pretrained(folder)
+    return __getattr__(name).from_pretrained(folder)
 
 
-def import_head(class_path: str) -> type[ReadoutHead]:
+def import_head(class_path: str) -> "type[ReadoutHead]":
     """The head class at "module.Class", which is imported: code of the user's, from the current folder or installed.
 
     Raises:
         ValueError: there is no such module or class, its import fails, or the class is not a ReadoutHead.
     """
+    from rg.heads.base import ReadoutHead
+
     expected = f"class={class_path}: expected module.Class, a ReadoutHead that can be imported from here"
     module, _, name = str(class_path).rpartition(".")
     if not all(part.isidentifier() for part in (*module.split("."), name)):

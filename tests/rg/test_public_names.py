@@ -22,3 +22,8 @@ def test_importing_the_package_loads_nothing_heavy(root):
     code = "import sys, rg; print(*(name for name in ('torch', 'diffusers', 'lightning') if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_guidance_loads_no_lightning() -> None:
+    code = "import sys; from rg import ReadoutGuidance; print(*{'lightning', 'torchmetrics'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []

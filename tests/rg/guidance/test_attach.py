@@ -28,7 +28,7 @@ from rg.backbone.denoiser import denoiser_of
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
-from rg.heads.base import FunctionHead
+from rg.heads.protocol import FunctionHead
 from tests.families import build, denoise
 
 

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
-from rg.heads.base import EnergyHead
+from rg.heads.protocol import EnergyHead
 
 MEAN, SPREAD, CENTRE = 0.7, 0.4, -1.5
 

@@ -10,7 +10,7 @@ from rg.backbone.features import predict, select_rows
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
 from rg.guidance.updates import alpha_bar
-from rg.heads.base import FunctionHead
+from rg.heads.protocol import FunctionHead
 from rg.heads.spatial import SpatialHead
 from tests.families import FAMILIES, MODELS, build, denoise
 

@@ -11,7 +11,7 @@ from rg.backbone.diffusion import DiffusionBackbone
 from rg.backbone.inversion import invert
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import ReferenceTarget
-from rg.heads.base import EnergyHead, FunctionHead
+from rg.heads.protocol import EnergyHead, FunctionHead
 from tests.families import MODELS, build, denoise
 
 

@@ -8,8 +8,8 @@ from rg.backbone.denoiser import embed_time, taps
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import ReferenceTarget
 from rg.heads.appearance import AppearanceHead
-from rg.heads.base import EnergyHead, FunctionHead
 from rg.heads.correspondence import CorrespondenceHead
+from rg.heads.protocol import EnergyHead, FunctionHead
 from rg.heads.relative import pick
 
 POINTS = {"source": torch.tensor([[[1, 2], [5, 3]]]), "destination": torch.tensor([[[3, 2], [6, 6]]])}
