@@ -71,6 +71,21 @@ def imports(file: str) -> Iterator[str]:
             yield from {member if inner and is_module(member) else module for member in members}
 
 
+def reach(*files: str) -> set[str]:
+    """Files and all files of this repository that importing them imports, at whatever depth."""
+    waiting, found = list(files), set()
+    while waiting:
+        file = waiting.pop()
+        if file in found:
+            continue
+        found.add(file)
+        modules = [name.replace(".", "/") for name in imports(file) if name.split(".")[0] in PACKAGES]
+        packages = [str(parent) for path in [file, *modules] for parent in PurePath(path).parents if str(parent) != "."]
+        named = [*(f"{path}.py" for path in modules), *(f"{path}/__init__.py" for path in [*modules, *packages])]
+        waiting += [name for name in named if name in FILES]
+    return found
+
+
 def fits(name: str, allowed: set[str]) -> bool:
     return any(name == entry or name.startswith(entry + ".") for entry in allowed)
 
@@ -123,6 +138,15 @@ def test_file_keeps_to_the_architecture(file: str) -> None:
     assert not [name for name in imports(file) if name.split(".")[0] in UNPICKLERS], "unpickling"
     assert not calls_that_run_data(file), "torch.load needs weights_only=True; archives are read member by member"
     assert not long_functions(file), f"expected at most {MAX_FUNCTION} lines"
+
+
+def test_images_of_ones_own_need_no_renderer() -> None:
+    own = ["data_prep/prepare.py", "data_prep/sources/folders.py"]
+    own += [f"data_prep/annotators/{name}.py" for name in ("files", "edges", "tracks", "sdedit")]
+    found = reach(*own)
+    assert {"data_prep/records.py", "rg/backbone/diffusion.py"} <= found
+    assert not [file for file in found if "/marionette" in file]
+    assert "data_prep/marionette/render.py" in reach("data_prep/sources/marionette.py")
 
 
 @pytest.mark.parametrize("folder", sorted({PurePath(file).parent.as_posix() for file in FILES}))

@@ -1,10 +1,11 @@
-"""Who prepares images of his own needs no renderer."""
+"""Preparing images of one's own needs no renderer, see also tests/test_architecture.py."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 CODE = """
@@ -24,6 +25,7 @@ print([name for name in sys.modules if name.startswith("data_prep.marionette")])
 """
 
 
+@pytest.mark.slow
 def test_images_of_ones_own_load_no_module_of_the_renderer(tmp_path: Path, root: Path) -> None:
     for folder in ("images", "labels"):
         (tmp_path / folder).mkdir()

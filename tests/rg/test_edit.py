@@ -1,13 +1,14 @@
 """Images after a reference, by the embedded model and heads with random weights."""
 
-import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
+from data_prep.marionette.render import render
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.edit import Edit
+from rg.guidance.guidance import ReadoutGuidance
 from rg.heads.appearance import AppearanceHead
 from rg.heads.correspondence import CorrespondenceHead
 from rg.heads.spatial import SpatialHead
@@ -27,14 +28,24 @@ def heads(tmp_path_factory):
 
 
 @pytest.fixture
-def run(root, heads, tmp_path, monkeypatch):
-    """Images and trace of a command: `run("terms=[style]", "images=2")`."""
+def make(root, heads, tmp_path, monkeypatch):
+    """What a command makes of its words: `make("terms=[style]", "images=2")`."""
 
     def call(*overrides):
         monkeypatch.chdir(heads)
         words = ["sampling.num_inference_steps=4", f"run_dir={tmp_path}", *overrides]
         with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-            edit = Edit(compose("edit", words), tmp_path / "run")
+            return Edit(compose("edit", words), tmp_path / "run")
+
+    return call
+
+
+@pytest.fixture
+def run(make):
+    """Images and trace of a command."""
+
+    def call(*overrides):
+        edit = make(*overrides)
         return edit.run(), edit.trace
 
     return call
@@ -70,15 +81,15 @@ def test_a_drag_compares_its_two_ends(run):
     assert -2 < float(moved[0].energy) < -1e-3
 
 
-def test_a_real_image_is_inverted_and_comes_back(run, tmp_path):
-    run("terms=[style]", "images=1")
-    Image.open(tmp_path / "run" / "reference.png").convert("RGB").resize((96, 64)).save(tmp_path / "photo.png")
-    words = ["terms=[style]", "images=1", f"reference={tmp_path}/photo.png", "sampling.num_inference_steps=20"]
-    run(*words)
-    square = Image.open(tmp_path / "photo.png").crop((16, 0, 80, 64))
-    back = Image.open(tmp_path / "run" / "reference.png")
-    error = np.asarray(square, dtype=float) - np.asarray(back, dtype=float)
-    assert 10 * np.log10(255**2 / np.square(error).mean()) > 18
+def test_a_real_image_is_inverted_and_comes_back(make, tmp_path):
+    pixels = torch.nn.functional.pad(render([(0, 0, 0)]).image[0], (16, 16), value=255)  # 64 rows, 96 columns
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
+    edit = make("terms=[style]", f"reference={tmp_path}/photo.png", "sampling.num_inference_steps=20")
+    noise = edit.reference_noise()
+    guidance = ReadoutGuidance(edit.terms(noise))
+    back = edit.reference(noise, guidance)
+    error = (pixels[None, :, :, 16:80] - (back + 1) * 127.5).square().mean()
+    assert 10 * torch.log10(255**2 / error) > 20
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,9 @@ def test_nothing_is_drawn_without_a_line_width(images, labels):
     save(images / "a.png", (16, 16))
     (labels / "a.json").write_text(json.dumps({"keypoints": [person(k0=(8, 4), k1=(8, 9))]}))
     (skip,) = label_all(folder(images, 16), labels, line_width=None)
-    assert skip == Skip(f"a.png has no label: pictures.labels={labels}: expected a.png, found none")
+    assert (
+        skip.reason.startswith("a.png ") and f"pictures.labels={labels}: " in skip.reason and "json" not in skip.reason
+    )
 
 
 def test_prompt_is_the_text_beside_the_image(images):
@@ -145,7 +147,7 @@ def test_unreadable_images_are_skipped_by_name(images):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        (None, None, "a.jpg has no label: pictures.labels=.*/labels: expected a.png or a.json, found none"),
+        (None, None, "a.jpg .*pictures.labels=.*/labels: .*a.png.* a.json.* none"),
         ("a.png", (8, 11), r"a.png: .*\(8, 12\).*\(8, 11\)"),
         ("a.png", b"no image", "a.png cannot be read"),
         ("a.json", b"{", "a.json: expected .*people x 18 x"),
@@ -193,9 +195,9 @@ def test_another_set_of_names_is_another_description(images):
 
 
 def test_bad_arguments(images, tmp_path):
-    with pytest.raises(ValueError, match=rf"pictures\.path={images}: expected a folder.* found none"):
+    with pytest.raises(ValueError, match=rf"pictures\.path={images}: .*folder.* none"):
         folder(images)
-    with pytest.raises(ValueError, match=rf"pictures\.labels={tmp_path}/none: expected a folder.* found none"):
+    with pytest.raises(ValueError, match=rf"pictures\.labels={tmp_path}/none: .*folder.* none"):
         FileLabels(path=str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"at most 1.*validation_share=0\.9, test_share=0\.2"):
         save(images / "a.png", (4, 4))

@@ -116,18 +116,18 @@ def test_the_smallest_edit_keeps_more_than_the_largest(tiny_pipeline):
     backbone = DiffusionBackbone.from_pretrained("marionette")
     (group,) = AppearanceTriplets().read("val", [0])
     changes = []
-    for strength in (0.1, 0.9):
-        edit = SDEdit(strength=strength, num_inference_steps=10)
+    for strength in (0.2, 0.8):
+        edit = SDEdit(strength=strength, num_inference_steps=5)
         edit.attach_backbone(backbone)
         (label,) = edit.annotate([group])
         changes.append((label.images[2].float() - group.images[0].float()).abs().mean())
     assert changes[0] < 0.7 * changes[1]
 
 
-@pytest.mark.parametrize("settings", [{"strength": 0.0}, {"strength": 1.1}, {"num_inference_steps": 1}])
-def test_an_edit_without_a_step_is_refused(settings):
-    with pytest.raises(ValueError, match=r"strength in \(0, 1\] and at least one step"):
-        SDEdit(**settings)
+@pytest.mark.parametrize(("name", "value"), [("strength", 0.0), ("strength", 1.1), ("num_inference_steps", 1)])
+def test_an_edit_without_a_step_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"\(0, 1\].*{name}={value}\b"):
+        SDEdit(**{name: value})
 
 
 def test_shards_of_triplets(tmp_path):

@@ -27,7 +27,7 @@ def test_taps_of_a_unet_are_the_decoders_second_convolutions_coarse_to_fine(tiny
     found = taps(unet)
     assert list(found) == [f"up_blocks.{i}.resnets.{j}.conv2" for i in (0, 1) for j in (0, 1)]
     assert all(module is unet.get_submodule(name) for name, module in found.items())
-    with pytest.raises(ValueError, match=r"up_blocks\[i\].resnets\[j\].conv2 or PixArt's transformer, got Linear"):
+    with pytest.raises(ValueError, match=r"up_blocks.*PixArt.* Linear"):
         taps(nn.Linear(1, 1))
 
 
@@ -88,7 +88,7 @@ def test_recomputation_in_the_backward_pass_keeps_the_gradient(transformer):
 
 def test_latents_of_half_a_patch_are_one_clear_error(tokenizer):
     pipe = build("pixart", tokenizer)
-    words = r"latents: expected sides that are multiples of the transformer's patches of 2, got 7x8"
+    words = r"latents: .* 2, .*7x8"
     with pytest.raises(ValueError, match=words):
         DiffusionBackbone(pipe).predict(torch.randn(1, 4, 7, 8), torch.tensor([7]))
     # Also before the window of guided steps.

@@ -145,11 +145,9 @@ def test_locate_prefers_a_path_then_a_shipped_model(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_found_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder 'nowhere'; expected .* \[.*'marionette'.*\]"):
+    with pytest.raises(FileNotFoundError, match=r"'nowhere'.*\[.*'marionette'.*\]"):
         DiffusionBackbone.from_pretrained("nowhere")
-    with pytest.raises(FileNotFoundError, match=r"no folder 'nowhere'; expected .*: \["):
+    with pytest.raises(FileNotFoundError, match=r"'nowhere'.*\["):
         locate("nowhere", "heads")
-    with pytest.raises(
-        FileNotFoundError, match=rf"backbone {tmp_path}: expected a diffusers folder with model_index.json"
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"backbone {tmp_path}: .*model_index\.json"):
         DiffusionBackbone.from_pretrained(str(tmp_path))

@@ -90,7 +90,7 @@ def test_hook_answers_for_the_denoiser_in_both_return_forms(unet, inputs):
     with hooked(unet, doubled):
         assert torch.equal(unet(**inputs | {"timestep": 3}).sample, 2 * plain)
         assert torch.equal(unet(**inputs | {"timestep": 3}, return_dict=False)[0], 2 * plain)
-        with pytest.raises(TypeError, match="keyword arguments"):
+        with pytest.raises(TypeError, match="keyword"):
             unet(inputs["sample"], 3, inputs["encoder_hidden_states"])
     assert torch.equal(unet(**inputs | {"timestep": 3}).sample, plain)
 
@@ -132,7 +132,7 @@ def test_hook_keeps_the_users_own_hook(unet, inputs):
 
 def test_second_hook_is_refused_and_the_first_one_goes_on(unet, inputs):
     with hooked(unet, lambda _f, sample, _t, **_: sample):
-        with pytest.raises(RuntimeError, match="attached to this pipeline already"), hooked(unet, lambda *_: None):
+        with pytest.raises(RuntimeError, match="already"), hooked(unet, lambda *_: None):
             pass
         assert torch.equal(unet(**inputs).sample, inputs["sample"])
     with hooked(unet, lambda _f, sample, _t, **_: -sample):

@@ -81,11 +81,11 @@ def test_pixart_under_the_transformers_former_name(folders, tmp_path):
 def test_half_precision_files_are_a_variant(tokenizer, tmp_path):
     build("sd15", tokenizer, dtype=torch.float16).save_pretrained(tmp_path, variant="fp16")
     assert load_pipeline(str(tmp_path), variant="fp16").unet.dtype == torch.float32
-    with pytest.raises(FileNotFoundError, match=r"expected weights \w+/\*.safetensors, found \[.*fp16.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"\w+/\*\.safetensors.*\[.*fp16\.safetensors"):
         load_pipeline(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"expected weights \w+/\*.bf16.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"\w+/\*\.bf16\.safetensors"):
         load_pipeline(str(tmp_path), variant="bf16")
-    with pytest.raises(ValueError, match=r"precision: expected one of .*'float16'.*, got 'half'"):
+    with pytest.raises(ValueError, match=r"precision: .*'float16'.*'half'"):
         load_pipeline(str(tmp_path), precision="half")
 
 
@@ -95,29 +95,29 @@ def cut(path):
 
 DAMAGE = {
     "no component": (lambda f: [p.unlink() for p in (f / "vae").iterdir()] and (f / "vae").rmdir(), FileNotFoundError,
-                     r"expected a folder vae \(diffusers AutoencoderKL\), found none"),
+                     r"vae .*AutoencoderKL.* none"),
     "no configuration": (lambda f: (f / "unet/config.json").unlink(), FileNotFoundError,
-                         r"expected unet/config.json, found \['diffusion_pytorch_model"),
+                         r"unet/config\.json.*\['diffusion_pytorch_model"),
     "no scheduler": (lambda f: (f / "scheduler/scheduler_config.json").unlink(), FileNotFoundError,
-                     r"expected scheduler/scheduler_config.json, found \[\]"),
+                     r"scheduler/scheduler_config\.json.*\[\]"),
     "no tokenizer": (lambda f: (f / "tokenizer/tokenizer_config.json").unlink(), FileNotFoundError,
-                     r"expected tokenizer/tokenizer_config.json, found"),
+                     r"tokenizer/tokenizer_config\.json"),
     "no weights": (lambda f: (f / "text_encoder/model.safetensors").unlink(), FileNotFoundError,
-                   r"expected weights text_encoder/\*.safetensors, found \['config.json'\]"),
+                   r"text_encoder/\*\.safetensors.*\['config\.json'\]"),
     "pickled weights": (lambda f: (f / "text_encoder/model.safetensors").rename(f / "text_encoder/pytorch_model.bin"),
-                        FileNotFoundError, r"expected weights text_encoder/\*.safetensors, .*pytorch_model.bin"),
+                        FileNotFoundError, r"text_encoder/\*\.safetensors.*pytorch_model\.bin"),
     "one file short": (lambda f: min((f / "unet").glob("*-of-*.safetensors")).unlink(), FileNotFoundError,
-                       r"half downloaded: expected \d files of weights in unet, \['diffusion_pytorch_model-00001-of-"),
+                       r" \d files .*unet.*\['diffusion_pytorch_model-00001-of-"),
     "cut short": (lambda f: cut(f / "vae/diffusion_pytorch_model.safetensors"), ValueError,
-                  r"vae/diffusion_pytorch_model.safetensors is half downloaded: expected \d+ bytes, found \d+"),
+                  r"vae/diffusion_pytorch_model\.safetensors .* \d+ bytes.* \d+"),
     "empty": (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_bytes(b""), ValueError,
-              r"is no safetensors file, or cut short after 0 bytes"),
+              r"vae/diffusion_pytorch_model\.safetensors .* 0 bytes"),
     "a page": (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_text("<html>not</html>"), ValueError,
-               r"is no safetensors file"),
-    "damaged index": (lambda f: (f / "model_index.json").write_text("{"), ValueError, "model_index.json is damaged"),
+               r"vae/diffusion_pytorch_model\.safetensors .*no safetensors"),
+    "damaged index": (lambda f: (f / "model_index.json").write_text("{"), ValueError, r"model_index\.json .*damaged"),
     "other sizes": (lambda f: (f / "unet/config.json").write_text(
         (f / "unet/config.json").read_text().replace('"cross_attention_dim": 8', '"cross_attention_dim": 9')),
-        ValueError, r"cannot be loaded: .*size"),
+        ValueError, r"size"),
 }  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def test_a_pipeline_without_the_taps_is_named(tmp_path, tokenizer):
         num_attention_heads=2, attention_head_dim=8, sample_size=8, num_layers=1, norm_num_groups=4
     )
     DiTPipeline(transformer, build("sd15", tokenizer).vae, DDIMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"expected a U-Net as pipe.unet .* or PixArt's .*, got a DiTPipeline"):
+    with pytest.raises(ValueError, match=r"U-Net.* PixArt.* DiTPipeline"):
         DiffusionBackbone.from_pretrained(str(tmp_path))
 
 
@@ -157,7 +157,7 @@ def test_a_hub_that_does_not_answer_is_one_clear_error(monkeypatch, tmp_path, of
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(FileNotFoundError, match="backbone nobody/nothing: expected a folder, or a repository") as e:
+    with pytest.raises(FileNotFoundError, match="backbone nobody/nothing: ") as e:
         load_pipeline("nobody/nothing")
     assert "\n" not in str(e.value) and "hf download nobody/nothing" in str(e.value) and e.value.__suppress_context__
 
@@ -174,5 +174,5 @@ def test_a_repository_in_the_hubs_cache_loads_offline_and_a_part_of_it_is_named(
     assert find_pipeline("somebody/tiny") == snapshot
     assert DiffusionBackbone.from_pretrained("somebody/tiny").condition_dim == 16
     (snapshot / "text_encoder_2/model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected weights text_encoder_2/\*.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"text_encoder_2/\*\.safetensors"):
         load_pipeline("somebody/tiny")
