@@ -19,15 +19,6 @@ from experiments.marionette.judges.classifier import (
 from experiments.marionette.judges.data import SECOND_PERSON, Renders, make_renders
 from rg.detectors.attributes import AttributeClassifier
 
-ROOT = Path(__file__).parents[4]
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> dict[str, Any]:
-    sizes = {"images": 12, "held_out": 6, "steps": 3, "batch_size": 8, "learning_rate": 2e-3, "widths": [8, 8, 8]}
-    places = {"output": str(tmp_path / "new"), "folder": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
-    return {"backbone": str(ROOT / "rg/models/marionette"), "device": "cpu", "seed": 1, **places, **sizes}
-
 
 def test_mirroring_exchanges_the_people_only() -> None:
     names = dict(zip(NAMES, (NAMES[i] for i in MIRROR), strict=True))

@@ -19,17 +19,6 @@ from experiments.marionette.judges.training import train
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.detectors.keypoints import Detection, KeypointDetector, boxes_around, overlap
 
-ROOT = Path(__file__).parents[4]
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> dict[str, Any]:
-    folder = ROOT / "rg/models/marionette"
-    sizes = {"images": 8, "held_out": 3, "steps": 3, "batch_size": 8, "learning_rate": 2e-3}
-    places = {"output": str(tmp_path / "detector"), "folder": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
-    widths = {"widths": [8, 8, 8], "finder_widths": [8, 8, 8]}
-    return {"backbone": str(folder), "device": "cpu", "seed": 1, **places, **sizes, **widths}
-
 
 def batch(n: int = 8, size: int = 16) -> tuple[Renders, Batch]:
     images = make_renders(3, "train", n, side=64, kinds={"one": 0.5, "two": 0.5})
@@ -126,6 +115,7 @@ def test_accuracy_matches_people_whatever_their_score() -> None:
 
 
 def test_command_runs_and_resumes_to_the_same_weights(settings: dict[str, Any]) -> None:
+    settings["finder_widths"] = [8, 8, 8]
     embedded = DiffusionBackbone.from_pretrained(settings["backbone"], device="cpu")
     card = run(settings)
     folder = Path(settings["output"])
