@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,22 @@ def test_points_that_no_two_images_share_are_refused():
     hidden = replace(GROUP, points=POINTS * torch.tensor([1.0, 1.0, 0.0]))
     with pytest.raises(DataError, match=r"shard-000000.tar: json of sample 00000007 .* visible in all images"):
         Group.decode(hidden.encode(), SHARD)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pictures": 0}, "pictures: .*1, found 0"),
+        ({"pictures": 3}, r"points\.0: .* 3 images, found 2"),
+        ({"turn": -1}, "turn.*0, found -1"),
+        ({"points": [[[1, 2, 1], [1, float("nan"), 1]]]}, r"points\.0\.1\.1: .*found nan"),
+    ],
+)
+def test_what_the_json_says_is_checked(change, words):
+    raw = GROUP.encode()
+    raw["json"] = json.dumps(json.loads(raw["json"]) | change).encode()
+    with pytest.raises(DataError, match=f"json of sample 00000007 .*{words}"):
+        Group.decode(raw, SHARD)
 
 
 def test_latents_of_another_number_of_images_are_refused():
