@@ -100,7 +100,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError(f"{name}: expected levels of 16 bits, found {levels.min()} to {levels.max()}")
-        return Image.fromarray((levels / 257).round().astype(np.uint8)).convert("RGB")
+        # Rounded to the nearest of 256 levels; in integers, as a large image has no room for floats.
+        return Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError(f"{name}: expected levels of 8 or 16 bits, found floating point")
     if image.has_transparency_data:

@@ -153,6 +153,14 @@ def test_a_mask_is_what_is_neither_black_nor_transparent(tmp_path) -> None:
         assert np.array_equal(open_mask(tmp_path / "mask.png"), square > 0), mask
 
 
+def test_sixteen_bits_become_the_nearest_of_256_levels(tmp_path) -> None:
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    for ending in ("png", "tiff"):
+        Image.fromarray(levels).save(tmp_path / f"a.{ending}")
+        image = np.asarray(open_image(tmp_path / f"a.{ending}"))
+        assert np.array_equal(image, np.repeat((levels / 257).round().astype(np.uint8)[..., None], 3, -1))
+
+
 def test_levels_that_no_image_has_are_refused(tmp_path) -> None:
     for levels, found in ((np.array([[70_000]], np.int32), "70000"), (np.array([[0.5]], np.float32), "floating point")):
         Image.fromarray(levels).save(tmp_path / "depth.tiff")
