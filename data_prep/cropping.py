@@ -8,9 +8,6 @@ from torch import Tensor
 
 from rg.points import Size, inside, rescale
 
-# What the files of images end in.
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
-
 
 def crop_box(size: Size) -> tuple[int, int, int]:
     """Left, top and side of the centre square of an image of `size`, whole pixels; side = min(height, width)."""

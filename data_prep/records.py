@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rg.data.samples import Group, Sample
+from rg.io.folders import printable
 from rg.points import Size
 
 
@@ -16,6 +17,9 @@ class Skip:
     """An index without a sample, and why."""
 
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", printable(self.reason))  # it may name a file
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,8 @@ class ShardWriter:
                         samples += 1
                 advance(len(batch))
         self.manifest.shards[name] = {"start": span.start, "stop": span.stop, "samples": samples}
-        self.manifest.skipped |= skipped
+        made = {f"{index:08d}" for index in range(old["stop"], span.stop)}  # again perhaps, and now with a label
+        self.manifest.skipped = {key: why for key, why in self.manifest.skipped.items() if key not in made} | skipped
         self.manifest.write(self.folder)
 
     def _make(self, indices: Sequence[int]) -> list[tuple[int, Sample | Group | Skip]]:

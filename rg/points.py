@@ -58,6 +58,15 @@ def inside(points: Tensor, size: Size) -> Tensor:
     return (x >= -0.5) & (x < size[1] - 0.5) & (y >= -0.5) & (y < size[0] - 0.5)
 
 
+def check_visible(keypoints: Tensor, name: str) -> None:
+    """Raises ValueError where a visible one of keypoints (..., 3) is not finite; the error calls them `name`."""
+    bad = ~(keypoints[..., 2] <= 0) & ~keypoints.isfinite().all(-1)
+    if bad.any():
+        place = bad.nonzero()[0].tolist()
+        found = f"{keypoints[tuple(place)].tolist()} at {place}"
+        raise ValueError(f"{name}: expected visible keypoints of finite numbers, found {found}")
+
+
 def heatmaps(keypoints: Tensor, from_size: Size, to_size: Size, sigma: float) -> Tensor:
     """Draws keypoints as Gaussian bumps of height 1, people combined by maximum.
 
@@ -75,8 +84,9 @@ def heatmaps(keypoints: Tensor, from_size: Size, to_size: Size, sigma: float) ->
     rows = torch.arange(to_size[0], device=keypoints.device, dtype=keypoints.dtype)
     dx = torch.exp(-((columns - centre[..., 0:1]) ** 2) / (2 * sigma**2))
     dy = torch.exp(-((rows - centre[..., 1:2]) ** 2) / (2 * sigma**2))
-    bumps = dy[..., :, None] * dx[..., None, :] * (keypoints[..., 2] > 0)[..., None, None]
-    return bumps.amax(dim=1)
+    visible = (keypoints[..., 2] > 0)[..., None, None]
+    # Not a product: what is hidden is not read, and may be nan.
+    return torch.where(visible, dy[..., :, None] * dx[..., None, :], 0.0).amax(dim=1)
 
 
 def peaks(maps: Tensor, to_size: Size, radius: int = 2) -> tuple[Tensor, Tensor]:

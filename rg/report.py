@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rg.detectors.keypoints import Detection, KeypointDetector
-from rg.metrics.keypoints import box_side, match_people, pck
+from rg.io.keypoints import Number
+from rg.io.records import Record
+from rg.metrics.keypoints import box_side, match_people, measurable, pck
 from rg.metrics.statistics import kernel_distance, paired_gain
 
 CONDITIONS = ("unguided", "guided", "ceiling")
@@ -16,12 +19,44 @@ BOXES = ("target", "predicted")
 # Below this number the kernel distance says nothing.
 KERNEL_IMAGES = 256
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Point = Annotated[list[Number], Field(min_length=2, max_length=2)]
+
+
+class Scores(Record):
+    """What `score_images` says of one image."""
+
+    pck: dict[str, dict[str, Share | None]]
+    confidence: Share
+    present: bool
+    points: list[Annotated[list[Point], Field(min_length=18, max_length=18)]]
+
+
+class ImageRecord(Record):
+    """What an evaluation stores of one position: its images' scores under every condition."""
+
+    position: Annotated[int, Field(ge=0)]
+    prompt: str
+    seconds: dict[str, Annotated[float, Field(ge=0)]]
+    unguided: Scores
+    guided: Scores
+    ceiling: Scores
+
+
+class Results(Record):
+    """What of results.json is read again: {alpha: {condition: {"mean", ...}}}, confidence by condition, images."""
+
+    pck: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    confidence: dict[str, dict[str, float]]
+    images: Annotated[int, Field(ge=1)]
+
 
 def score_images(detected: Detection, keypoints: Tensor, alphas: Sequence[float]) -> list[dict[str, Any]]:
     """PCK of each image, a mean over its people: {"pck": {box: {alpha: share}}, "confidence", "present", "points"}.
 
     Predictions are matched with the people asked for by smallest distance; "points" are in the latter's order, and
-    "present" is whether all of them were found.
+    "present" is whether all of them were found. People without two visible keypoints in different places have no size
+    to measure by and are left out of "pck", which is None where an image has no others.
 
     Args:
         detected: the detector's poses of B images, P people each.
@@ -40,19 +75,22 @@ def score_images(detected: Detection, keypoints: Tensor, alphas: Sequence[float]
     people = visible.any(-1)
     if not people.any(1).all():
         raise ValueError(f"no visible keypoint in images {(~people.any(1)).nonzero().flatten().tolist()} of the batch")
-    sides = {
-        "target": box_side(target[people], visible[people]),
-        "predicted": box_side(points[people], visible[people]),
-    }
+    measured = measurable(target, visible)
+    scored = measured.any(1)
     shares = {}
-    for box, side in sides.items():
-        correct = pck(points[people], target[people], visible[people], side, alphas) * present[people][:, None]
-        means = (mean_over_people(column, people) for column in correct.unbind(1))
+    for box, pose in (("target", target), ("predicted", points)):
+        side = box_side(pose[measured], visible[measured])
+        correct = pck(points[measured], target[measured], visible[measured], side, alphas)
+        correct = correct * present[measured][:, None]
+        means = (mean_over_people(column, measured) for column in correct.unbind(1))
         shares[box] = dict(zip(map(str, alphas), means, strict=True))
     sure = mean_over_people(confidence[people].mean(-1), people)
     return [
         {
-            "pck": {box: {alpha: float(v[i]) for alpha, v in by_alpha.items()} for box, by_alpha in shares.items()},
+            "pck": {
+                box: {alpha: float(v[i]) if scored[i] else None for alpha, v in by_alpha.items()}
+                for box, by_alpha in shares.items()
+            },
             "confidence": float(sure[i]),
             "present": bool(present[i][people[i]].all()),
             "points": points[i].tolist(),
@@ -74,20 +112,27 @@ def _summary(values: Tensor) -> dict[str, float]:
 
 
 def summarise(records: Sequence[dict[str, Any]], alphas: Sequence[float]) -> dict[str, Any]:
-    """Means over images of every condition, and the paired gain of guidance with its 95 % interval."""
+    """Means over images of every condition, and the paired gain of guidance with its 95 % interval.
+
+    Raises:
+        ValueError: no image has a size to measure its PCK by.
+    """
     result: dict[str, Any] = {}
+    scored = [r for r in records if None not in r["guided"]["pck"]["target"].values()]
+    if not scored:
+        raise ValueError(f"PCK: expected a person of two visible keypoints in one image, found none in {len(records)}")
     for box, name in zip(BOXES, ("pck", "pck_predicted_box"), strict=True):
         result[name] = {}
         for alpha in map(str, alphas):
-            values = {c: torch.tensor([r[c]["pck"][box][alpha] for r in records]) for c in CONDITIONS}
+            values = {c: torch.tensor([r[c]["pck"][box][alpha] for r in scored]) for c in CONDITIONS}
             row: dict[str, Any] = {condition: _summary(values[condition]) for condition in CONDITIONS}
-            if len(records) > 1:
+            if len(scored) > 1:
                 row["gain"] = paired_gain(values["unguided"], values["guided"])
             row["share_of_ceiling"] = row["guided"]["mean"] / max(row["ceiling"]["mean"], 1e-9)
             result[name][alpha] = row
     result["confidence"] = {c: _summary(torch.tensor([r[c]["confidence"] for r in records])) for c in CONDITIONS}
     result["present"] = {c: sum(r[c]["present"] for r in records) / len(records) for c in CONDITIONS}
-    result["images"] = len(records)
+    result["images"], result["left_out"] = len(records), len(records) - len(scored)
     return result
 
 
@@ -107,8 +152,11 @@ def headline(results: dict[str, Any]) -> float:
 
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table."""
+    images = f"{results['images']} images"
+    if results.get("left_out"):
+        images += f", {results['left_out']} of them without a size for PCK"
     lines = [
-        f"| {results['images']} images | unguided | guided | ceiling | gain (95 % interval) | guided / ceiling |",
+        f"| {images} | unguided | guided | ceiling | gain (95 % interval) | guided / ceiling |",
         "|---|---|---|---|---|---|",
     ]
     for alpha, row in results["pck"].items():

@@ -1,15 +1,14 @@
 """Labels that someone has made already, as files named after the images."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from data_prep.cropping import crop_image, crop_points
 from data_prep.records import Label, Skip, SourceSample
-from rg.io.images import UNREADABLE, open_image
+from rg.io.images import open_image
+from rg.io.keypoints import Pose, read_pose, to_tensor
 from rg.points import draw_skeletons
 
 
@@ -17,7 +16,8 @@ class FileLabels:
     """Reads the label of image a/b.jpg from <path>/a/b.png, its keypoints from <path>/a/b.json, or one of the two.
 
     The PNG has the size of the image. The JSON is {"keypoints": P people x 18 x [x, y, visible]} in pixels of the
-    image. Both are cropped and resized as the image is. Without a PNG the skeleton is drawn from the JSON.
+    image, see rg.io.keypoints. Both are cropped and resized as the image is. Without a PNG the skeleton is drawn from
+    the JSON.
 
     Args:
         path: the folder of the labels.
@@ -42,33 +42,24 @@ class FileLabels:
         points_file = image_file.with_suffix(".json")
         size = sample.image.shape[1:]
         expected = [image_file] if self.line_width is None else [image_file, points_file]
-        if not any(file.is_file() for file in expected):
+        if not any(file.exists() for file in expected):
             names = " or ".join(file.relative_to(self.path).as_posix() for file in expected)
             return Skip(f"{sample.name} has no label: pictures.labels={self.path}: expected {names}, found none")
         keypoints = torch.zeros(0, 18, 3)
         try:
-            if points_file.is_file():
-                keypoints = crop_points(read_keypoints(points_file), sample.original, size[0])
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            return Skip(f"{points_file}: expected {{'keypoints': people x 18 x [x, y, visible]}}: {error!r}")
-        if not image_file.is_file():
+            if points_file.exists():
+                found = to_tensor(read_pose(points_file, Pose).keypoints)
+                keypoints = crop_points(found, sample.original, size[0])
+        except ValueError as error:
+            return Skip(f"{sample.name} has no label that can be read: {error}")
+        if not image_file.exists():
             drawing = draw_skeletons(keypoints[None], size, size, self.line_width)[0]
             return Label((drawing * 255).round().byte(), keypoints)
         try:
             image = open_image(image_file)
-        except UNREADABLE as error:
-            return Skip(f"{image_file} cannot be read: {error}")
+        except ValueError as error:
+            return Skip(f"{sample.name} has no label that can be read: {error}")
         size_read = image.height, image.width
         if size_read != sample.original:
             return Skip(f"{image_file}: expected the image's size {sample.original}, found {size_read}")
         return Label(crop_image(image, size[0]), keypoints)
-
-
-def read_keypoints(path: Path) -> Tensor:
-    """Reads {"keypoints": ...}: (P, 18, 3) float32, P = 0 for an empty list; raises KeyError, TypeError, ValueError."""
-    keypoints = torch.tensor(json.loads(path.read_text(encoding="utf-8"))["keypoints"], dtype=torch.float32)
-    if keypoints.numel() and (keypoints.ndim != 3 or keypoints.shape[1:] != (18, 3)):
-        raise ValueError(f"found the shape {tuple(keypoints.shape)}")
-    if not keypoints.isfinite().all():
-        raise ValueError("found a number that is not finite")
-    return keypoints.reshape(-1, 18, 3)

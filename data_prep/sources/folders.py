@@ -5,6 +5,7 @@ arguments: the manifest keeps it), `count(split)` (None: endless) and `read(spli
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import cv2
 import numpy as np
 import torch
 from numpy.random import Generator, default_rng
-from PIL import Image
 from torch import Tensor
 
-from data_prep.cropping import ENDINGS, crop_box, crop_image
+from data_prep.cropping import crop_box, crop_image
 from data_prep.records import Skip, SourceGroup, SourceSample
 from rg.data.samples import SPLITS
-from rg.io.images import UNREADABLE, open_image
+from rg.io.files import read_text
+from rg.io.folders import natural_key, printable, walk
+from rg.io.images import ENDINGS, open_image, open_mask
 
 
 def split_by_hash(
@@ -35,28 +37,43 @@ def split_by_hash(
         raise ValueError(f"expected shares of at least 0 and at most 1 in sum, got {shares}")
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for name in names:
-        draw = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") / 2**64
+        draw = int.from_bytes(hashlib.sha256(os.fsencode(f"{seed}/{name}")).digest()[:8], "big") / 2**64
         held_out = "test" if draw < test_share else "val" if draw < test_share + validation_share else "train"
         splits[held_out].append(name)
     return splits
 
 
 def find_images(key: str, folder: str) -> list[Path]:
-    """The image files anywhere below the folder of a setting, sorted.
+    """The image files anywhere below the folder of a setting, in natural order, see rg.io.folders.walk.
 
     Raises:
         ValueError: there is no such folder, or no image in it.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"{key}={folder}: expected a folder of images, found none")
-    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in ENDINGS)
+    files = walk(Path(folder), ENDINGS)
     if not files:
         raise ValueError(f"{key}={folder}: expected images ({', '.join(ENDINGS)}), found none in this folder")
     return files
 
 
+def check_names(key: str, folder: str, files: Sequence[Path]) -> None:
+    """Raises ValueError where two images share the name of one label, as a.jpg and a.png do."""
+    first: dict[Path, Path] = {}
+    for file in files:
+        other = first.setdefault(file.with_suffix(""), file)
+        if other is not file:
+            names = " and ".join(printable(image.relative_to(folder).as_posix()) for image in (other, file))
+            raise ValueError(f"{key}={folder}: expected one image for each name of a label, found {names}: rename one")
+
+
+def read_prompt(file: Path) -> str:
+    """The text of a file, "" where there is none; raises ValueError where it cannot be read."""
+    return read_text(file).strip() if file.exists() else ""
+
+
 class FolderSource:
-    """One's own images: every jpg, png or webp below a folder, sorted by name, cropped to their centre square.
+    """One's own images, of any of rg.io.images.ENDINGS below a folder, by name, cropped to their centre square.
 
     An image's split is decided by a seeded hash of its name, so that it stays where it is when others come or go.
     Its prompt is the text of the .txt file of the same name beside it, if there is one.
@@ -69,7 +86,7 @@ class FolderSource:
         seed: of the hash.
 
     Raises:
-        ValueError: the folder is missing or has no image, or see split_by_hash.
+        ValueError: the folder is missing or has no image, two images share a name, or see split_by_hash.
     """
 
     def __init__(
@@ -77,14 +94,16 @@ class FolderSource:
     ) -> None:
         self.path = Path(path)
         self.resolution = resolution
-        names = sorted(file.relative_to(self.path).as_posix() for file in find_images("pictures.path", path))
+        files = find_images("pictures.path", path)
+        check_names("pictures.path", path, files)
+        names = [file.relative_to(self.path).as_posix() for file in files]
         splits = split_by_hash(names, validation_share=validation_share, test_share=test_share, seed=seed)
         self.files = {split: [Path(name) for name in chosen] for split, chosen in splits.items()}
 
     def describe(self, split: str) -> dict[str, Any]:
         """The crop and the names: another set of images gives the indices another meaning."""
         names = "\n".join(file.as_posix() for file in self.files[split])
-        return {"crop": "centre square", "file_names": hashlib.sha256(names.encode()).hexdigest()[:16]}
+        return {"crop": "centre square", "file_names": hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}
 
     def count(self, split: str) -> int:
         return len(self.files[split])
@@ -93,11 +112,10 @@ class FolderSource:
         return [self._read(self.files[split][index]) for index in indices]
 
     def _read(self, file: Path) -> SourceSample | Skip:
-        words = (self.path / file).with_suffix(".txt")
         try:
             opened = open_image(self.path / file)
-            prompt = words.read_text(encoding="utf-8").strip() if words.is_file() else ""
-        except UNREADABLE as error:
+            prompt = read_prompt((self.path / file).with_suffix(".txt"))
+        except ValueError as error:
             return Skip(f"{file.as_posix()} cannot be read: {error}")
         image = crop_image(opened, self.resolution)
         return SourceSample(image, prompt, "picture", file=file, original=(opened.height, opened.width))
@@ -122,14 +140,15 @@ class VideoFolderSource:
     Args:
         path: the folder of the videos.
         resolution: side of the images in pixels.
-        masks: folder of the same layout with NAME.png for a frame, 0 where there is no object; None: objects anywhere.
+        masks: folder of the same layout with NAME.png for a frame, black or transparent where there is no object;
+            None: objects anywhere.
         pairs: per video.
         gaps: frames from the first to the last of a pair, at least and at most.
         clips: give the frames between the two as well, which a tracker needs.
         validation_share, test_share, seed: see data_prep.sources.folders.FolderSource.
 
     Raises:
-        ValueError: a folder is missing, there is no image, or pairs or gaps are too small.
+        ValueError: a folder is missing, there is no image, two frames share a mask, or pairs or gaps are too small.
     """
 
     def __init__(
@@ -148,6 +167,8 @@ class VideoFolderSource:
         files = find_images("pictures.path", path)
         if masks is not None and not Path(masks).is_dir():
             raise ValueError(f"pictures.masks={masks}: expected a folder of masks, found none")
+        if masks is not None:
+            check_names("pictures.path", path, files)
         if pairs < 1 or not 1 <= gaps[0] <= gaps[1]:
             raise ValueError(f"expected pairs and gaps of at least 1, gaps in order, got pairs={pairs}, gaps={gaps}")
         self.path, self.masks = Path(path), None if masks is None else Path(masks)
@@ -157,14 +178,14 @@ class VideoFolderSource:
         for file in files:
             self.frames.setdefault(file.parent.relative_to(self.path).as_posix(), []).append(file)
         self.videos = split_by_hash(
-            sorted(self.frames), validation_share=validation_share, test_share=test_share, seed=seed
+            sorted(self.frames, key=natural_key), validation_share=validation_share, test_share=test_share, seed=seed
         )
 
     def describe(self, split: str) -> dict[str, Any]:
         """The crop and the names: another set of frames gives the indices another meaning."""
         files = (file.relative_to(self.path) for video in self.videos[split] for file in self.frames[video])
         names = "\n".join(file.as_posix() for file in files)
-        return {"crop": "centre square", "file_names": hashlib.sha256(names.encode()).hexdigest()[:16]}
+        return {"crop": "centre square", "file_names": hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}
 
     def count(self, split: str) -> int:
         return len(self.videos[split]) * self.pairs
@@ -177,15 +198,14 @@ class VideoFolderSource:
         frames = self.frames[video]
         if len(frames) <= self.gaps[0]:
             return Skip(f"{video}: expected more than {self.gaps[0]} frames, found {len(frames)}")
-        name = int.from_bytes(hashlib.sha256(video.encode()).digest()[:8], "big")
+        name = int.from_bytes(hashlib.sha256(os.fsencode(video)).digest()[:8], "big")
         first, last = draw_pair(default_rng((self.seed, name, pair)), len(frames), self.gaps)
-        words = self.path / f"{video}.txt"
         try:
             step = 1 if self.clips else last - first
             clip = [open_image(frame) for frame in frames[first : last + 1 : step]]
             mask = None if self.masks is None else self._mask(frames[first])
-            prompt = words.read_text(encoding="utf-8").strip() if words.is_file() else ""
-        except UNREADABLE as error:
+            prompt = read_prompt(self.path / f"{video}.txt")
+        except ValueError as error:
             return Skip(f"{video}: a frame or mask cannot be read: {error}")
         sizes = sorted({image.size for image in clip})
         if len(sizes) > 1:
@@ -195,9 +215,7 @@ class VideoFolderSource:
 
     def _mask(self, frame: Path) -> Tensor:
         file = (self.masks / frame.relative_to(self.path)).with_suffix(".png")
-        with Image.open(file) as image:
-            objects = np.asarray(image) != 0
-        objects = objects if objects.ndim == 2 else objects.any(-1)
+        objects = open_mask(file)
         left, top, side = crop_box(objects.shape)
         square = objects[top : top + side, left : left + side].astype(np.uint8)
         size = (self.resolution, self.resolution)

@@ -3,7 +3,6 @@
 Needs the run's samples and the shards that it was evaluated on.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,15 +11,15 @@ from omegaconf import DictConfig
 from rg.cli import command
 from rg.data.shards import read_shards
 from rg.detectors.keypoints import MIRROR
-from rg.io.files import write_text
+from rg.io.files import read_json, write_text
 from rg.metrics.keypoints import box_side
 from rg.points import KEYPOINTS
 
 
 def errors(run_dir: Path, alpha: float = 0.1) -> str:
     """Markdown: errors that swapping left and right would mend, failed images, and PCK@alpha by keypoint."""
-    settings = json.loads((run_dir / "settings.json").read_text())["settings"]
-    records = [json.loads(path.read_text()) for path in sorted((run_dir / "samples").glob("*.json"))]
+    settings = read_json(run_dir / "settings.json")["settings"]
+    records = [read_json(path) for path in sorted((run_dir / "samples").glob("*.json"))]
     samples = read_shards(Path(settings["data"]["root"]) / settings["split"], len(records))
     people = (samples.keypoints[..., 2] > 0).any(-1)  # every one of them counts alike
     keypoints = samples.keypoints[people]

@@ -4,7 +4,6 @@ Their data's split "test" is made where it is missing; nothing else uses it. Wha
 experiments/results/readouts.json and is printed.
 """
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -23,7 +22,8 @@ from rg.data.shards import read_shards
 from rg.heads import load_head
 from rg.heads.base import ReadoutHead
 from rg.heads.relative import RelativeHead
-from rg.io.files import write_json
+from rg.io.files import read_json, write_json
+from rg.io.records import validate
 
 
 def read_results(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -34,11 +34,8 @@ def read_results(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """
     if not path.is_file():
         return {}
-    try:
-        results = json.loads(path.read_text())
-        return {head: dict(metrics) for head, metrics in results.items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: expected a record {{head: {{metric: ...}}}}: {error}") from error
+    # An interval that one sample leaves is endless.
+    return validate(dict[str, dict[str, dict[str, Any]]], read_json(path, constants=True), str(path))
 
 
 def estimate(name: str, head: ReadoutHead, world: str, images: int) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,6 @@
 python -m experiments.quality.sweeps run=outputs/sweep_dataset_size
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +12,10 @@ from omegaconf import DictConfig
 
 from experiments.quality.ship import final_scores
 from rg.cli import command
-from rg.io.files import write_text
+from rg.io.files import read_json, write_text
+from rg.io.records import validate
 from rg.metrics.statistics import of_mean
+from rg.report import Results
 
 
 def read_runs(folder: Path) -> dict[str, list[dict[str, float]]]:
@@ -72,7 +73,8 @@ def evaluation_table(folder: Path) -> str:
         if path.parent.is_symlink():
             continue
         overrides = yaml.safe_load((path.parent / ".hydra" / "overrides.yaml").read_text())
-        runs.append((json.loads(path.read_text()), [o for o in overrides if not o.startswith("+")]))
+        results = validate(Results, read_json(path), str(path)).model_dump()
+        runs.append((results, [o for o in overrides if not o.startswith("+")]))
     if not runs:
         raise FileNotFoundError(f"{folder}: expected runs with results.json, found none")
     common = set.intersection(*(set(overrides) for _, overrides in runs)) if len(runs) > 1 else set()

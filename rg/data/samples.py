@@ -10,24 +10,33 @@ was seen before in this run.
 
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from rg.io.images import from_bytes, pixels
+from rg.io.files import parse_json
+from rg.io.images import decode_png, from_bytes, pixels
+from rg.io.keypoints import HeightWidth, Keypoint, Pose, to_tensor
+from rg.io.records import Record, validate
+from rg.points import Size
 
 # The position of a split is part of a generated sample's seed: append, never reorder.
 SPLITS = ("train", "val", "search", "test")
 Batch = dict[str, Any]
+
+
+W = TypeVar("W", bound="Words")
 
 
 class DataError(ValueError):
@@ -120,16 +129,38 @@ def read_member(raw: dict[str, Any], member: str, shard: Path, read: Callable[[b
         raise DataError(f"{shard}: {member} of sample {key} cannot be used: {error}") from error
 
 
-def words_of(meta: dict[str, Any]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
-    """(height, width) and (prompt, kind, seed, identity) of a sample's json; raises KeyError where one is missing."""
-    seed = None if meta["seed"] is None else tuple(meta["seed"])
-    return tuple(meta["size"]), (meta["prompt"], meta["kind"], seed, meta["identity"])
+class Words(Record):
+    """What the json of any sample holds, see Sample."""
+
+    prompt: str
+    kind: str
+    seed: list[int] | None
+    identity: list[dict[str, Any]] | None
+    size: HeightWidth
+
+
+class SampleWords(Words, Pose):
+    """What the json of a labelled image holds."""
+
+
+class GroupWords(Words):
+    """What the json of a group holds, see Group."""
+
+    pictures: Annotated[int, Field(ge=1, le=256)]
+    turn: Annotated[float, Field(ge=0)] | None
+    points: list[list[Keypoint]]
+
+
+def read_words(schema: type[W], data: bytes) -> tuple[W, Size, tuple[Any, ...]]:
+    """A json as its record, (height, width), and (prompt, kind, seed, identity); raises ValueError for another."""
+    meta = validate(schema, parse_json(data.decode("utf-8-sig"), "content", constants=True), "content")
+    seed = None if meta.seed is None else tuple(meta.seed)
+    return meta, (meta.size[0], meta.size[1]), (meta.prompt, meta.kind, seed, meta.identity)
 
 
 def _from_json(data: bytes) -> tuple[Any, ...]:
-    meta = json.loads(data)
-    keypoints = torch.tensor(meta["keypoints"], dtype=torch.float32).reshape(-1, 18, 3)
-    return *words_of(meta), keypoints
+    meta, size, words = read_words(SampleWords, data)
+    return size, words, to_tensor(meta.keypoints)
 
 
 def to_png(image: Tensor) -> bytes:
@@ -139,12 +170,9 @@ def to_png(image: Tensor) -> bytes:
     return stream.getvalue()
 
 
-def from_png(data: bytes, size: tuple[int, ...]) -> Tensor:
-    """(3, H, W) uint8; raises ValueError where the image is not RGB of this (height, width)."""
-    image = Image.open(io.BytesIO(data), formats=["PNG"])
-    if (image.mode, image.size[::-1]) != ("RGB", size):
-        raise ValueError(f"expected an RGB image of {size}, found {image.mode} of {image.size[::-1]}")
-    return pixels(image)
+def from_png(data: bytes, size: Size) -> Tensor:
+    """(3, H, W) uint8; raises ValueError where the image is damaged or not RGB of this (height, width)."""
+    return pixels(decode_png(data, size))
 
 
 def to_npy(latent: Tensor) -> bytes:
@@ -156,10 +184,18 @@ def to_npy(latent: Tensor) -> bytes:
 
 def from_npy(data: bytes) -> Tensor:
     """Means and standard deviations of latents (2C, h, w) float16; raises ValueError for anything else."""
-    latent = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    if latent.dtype != np.float16 or latent.ndim != 3 or len(latent) % 2:
-        raise ValueError(f"expected float16 of (2C, h, w), found {latent.dtype} of {latent.shape}")
-    return torch.from_numpy(latent)
+    stream = io.BytesIO(data)
+    if (version := np.lib.format.read_magic(stream)) != (1, 0):
+        raise ValueError(f"expected an array in version 1.0 of npy, found {version}")
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype != np.float16 or len(shape) != 3 or min(shape) < 1 or shape[0] % 2 or by_columns:
+        raise ValueError(f"expected float16 of (2C, h, w), found {dtype} of {shape}")
+    if (left := len(data) - stream.tell()) != 2 * math.prod(shape):
+        raise ValueError(f"expected {2 * math.prod(shape):,} bytes of {shape}, found {left:,}")
+    latent = np.frombuffer(data, np.float16, offset=stream.tell()).reshape(shape)
+    if not np.isfinite(latent).all():
+        raise ValueError("expected finite latents, found a number that is not")
+    return torch.from_numpy(latent.copy())
 
 
 class _Stack(Dataset[Batch]):
@@ -257,12 +293,14 @@ class Group(_Record):
 
 
 def _group_from_json(data: bytes) -> tuple[Any, ...]:
-    meta = json.loads(data)
-    turn = None if meta["turn"] is None else float(meta["turn"])
-    points = torch.tensor(meta["points"], dtype=torch.float32).reshape(-1, meta["pictures"], 3)
+    meta, size, words = read_words(GroupWords, data)
+    for number, point in enumerate(meta.points):
+        if len(point) != meta.pictures:
+            raise ValueError(f"points.{number}: expected a place in {meta.pictures} images, found {len(point)}")
+    points = torch.tensor(meta.points, dtype=torch.float32).reshape(-1, meta.pictures, 3)
     if len(points) and not (points[..., 2] > 0).all(1).any():
-        raise ValueError("expected at least one point that is visible in all images, found none")
-    return *words_of(meta), meta["pictures"], turn, points
+        raise ValueError("points: expected at least one that is visible in all images, found none")
+    return size, words, meta.pictures, meta.turn, points
 
 
 def _split(latents: Tensor, count: int) -> Tensor:

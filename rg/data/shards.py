@@ -3,19 +3,58 @@
 A split's folder holds shard-000000.tar, shard-000001.tar, ... and manifest.json.
 """
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from pydantic import ConfigDict, Field, model_validator
+from webdataset.tariterators import group_by_keys
 
 from rg.data.samples import RECORDS, DataError, Group, Groups, Sample, Samples
-from rg.io.files import write_json
+from rg.io.files import read_json, write_json
+from rg.io.records import Record, validate
+
+MAX_MEMBER = 2**28  # bytes: a lossless image of 64 million pixels
+MAX_MANIFEST = 2**29  # bytes: reasons for a few million indices that were skipped
+Index = Annotated[int, Field(ge=0, le=10**8)]  # keys have eight digits
+
+
+class _Shard(Record):
+    start: Index
+    stop: Index
+    samples: Index
+
+    @model_validator(mode="after")
+    def _holds_no_more_than_its_range(self) -> Self:
+        if not self.samples <= self.stop - self.start:
+            raise ValueError("expected at most one sample for each index from start to stop")
+        return self
+
+
+class _Manifest(Record):
+    model_config = ConfigDict(extra="forbid")
+    samples: Index
+    split: str
+    settings: dict[str, Any]
+    autoencoder_id: str
+    versions: dict[str, str]
+    shards: dict[Annotated[str, Field(pattern=r"^shard-[0-9]{6}\.tar$")], _Shard]
+    skipped: dict[Annotated[str, Field(pattern=r"^[0-9]{8}$")], str]
+    kind: Literal["image", "group"] | None = None
+
+    @model_validator(mode="after")
+    def _accounts_for_every_index(self) -> Self:
+        indices = sum(shard.stop - shard.start for shard in self.shards.values())
+        known = sum(shard.samples for shard in self.shards.values()) + len(self.skipped)
+        if indices > known:
+            raise ValueError(
+                f"expected a sample or a reason for each of {indices:,} indices of `shards`, got {known:,}"
+            )
+        return self
 
 
 @dataclass
@@ -48,17 +87,13 @@ class Manifest:
             DataError: it is missing or damaged.
         """
         path = folder / "manifest.json"
-        if not path.is_file():
+        if not path.exists():
             raise DataError(f"no labelled images in {folder}: {path} does not exist")
         try:
-            content = json.loads(path.read_text())
-            del content["samples"]
-            manifest = cls(**content)
-            if manifest.kind not in (None, *RECORDS):
-                raise ValueError(f"kind: expected one of {', '.join(RECORDS)}, found {manifest.kind!r}")
-            return manifest
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is not a manifest: {error!r}") from error
+            record = validate(_Manifest, read_json(path, limit=MAX_MANIFEST), str(path))
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        return cls(**record.model_dump(exclude={"samples"}))
 
     def write(self, folder: Path) -> None:
         """Writes `folder`/manifest.json, whole or not at all, with the total of samples beside the fields."""
@@ -89,7 +124,7 @@ def read_shard(path: Path, shard: Mapping[str, int]) -> Iterator[dict[str, Any]]
     if not path.is_file():
         raise DataError(f"{path} is missing, but the manifest lists it with {expected} samples")
     with path.open("rb") as stream:
-        raws = group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
+        raws = group_by_keys(_members(path, stream))
         try:
             for raw in raws:
                 key = raw["__key__"]
@@ -98,10 +133,25 @@ def read_shard(path: Path, shard: Mapping[str, int]) -> Iterator[dict[str, Any]]
                 if int(key) < shard["stop"]:
                     count += 1
                     yield raw
-        except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+        except (OSError, EOFError, ValueError, MemoryError, OverflowError, tarfile.TarError) as error:
             raise DataError(f"{path} is truncated or damaged after {count} of {expected} samples: {error}") from error
     if count != expected:
         raise DataError(f"{path} is truncated: expected {expected} samples, found {count}")
+
+
+def _members(path: Path, stream: BinaryIO) -> Iterator[dict[str, Any]]:
+    """The plain files of a tar as webdataset groups them, each bounded before it is read; no link is followed."""
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for member in tar:
+            if not member.isreg():
+                continue
+            if member.issparse() or member.size > MAX_MEMBER:
+                size = f"{member.size:,}{' sparse' if member.issparse() else ''}"
+                raise ValueError(
+                    f"{member.name}: expected a plain member of at most {MAX_MEMBER:,} bytes, found {size}"
+                )
+            yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": str(path)}
+            tar.members = []  # else it keeps the header of everything that was read
 
 
 def read_samples(folder: Path, manifest: Manifest, wanted: Sequence[int]) -> list[Sample] | list[Group]:

@@ -8,10 +8,12 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rg.io.files import atomic
+from rg.io.files import atomic, read_json
+from rg.io.records import validate
+from rg.io.weights import load_network
 from rg.models import locate
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -104,14 +106,15 @@ class Hourglass(nn.Module):
 
         Raises:
             FileNotFoundError: the folder or a file is missing; the message names it.
+            ValueError: a file is damaged or does not fit the other, see rg.io.weights.load_network.
         """
         folder = locate(folder)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"expected a folder with {CONFIG} and {WEIGHTS}, found no {name} in {folder}")
-        network = cls(**json.loads((folder / CONFIG).read_text()))
-        network.load_state_dict(load_file(folder / WEIGHTS))
-        return network.to(device).eval()
+        name = str(folder / CONFIG)
+        config = validate(dict[str, Any], read_json(folder / CONFIG), name)
+        return load_network(cls, config, folder / WEIGHTS, name).to(device)
 
 
 def _double(x: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Readout heads, one file each."""
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,20 +32,19 @@ def load_head(folder: str | Path, class_path: str | None = None) -> "ReadoutHead
             names is never imported.
 
     Raises:
-        FileNotFoundError: the folder holds no head.json.
+        FileNotFoundError: the folder lacks head.json or head.safetensors.
         ValueError: class_path leads to no head, the folder holds a head of another class, or without a class_path one
-            that is not of this package.
+            that is not of this package, or one of its files is damaged.
     """
     if class_path is not None:
         return import_head(class_path).from_pretrained(folder)
-    record = locate(folder, "heads") / "head.json"
-    if not record.is_file():
-        raise FileNotFoundError(f"head={folder}: expected a folder with head.json and head.safetensors, found none")
-    name = json.loads(record.read_text())["class"]
+    from rg.heads.base import read_head_record
+
+    name = read_head_record(locate(folder, "heads")).class_name
     if name not in HEADS:
         raise ValueError(
-            f"head={folder}: expected one of the classes {sorted(HEADS)}, found {name!r}; a class of your own has to "
-            "be given too, as head.class=module.Class"
+            f"head={folder}: class: expected one of the classes {sorted(HEADS)}, found {name!r}; a class of your own "
+            "has to be given too, as head.class=module.Class"
         )
     return __getattr__(name).from_pretrained(folder)
 

@@ -7,19 +7,44 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from lightning import LightningModule
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import Field
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rg.heads.aggregation import AggregationNetwork
 from rg.heads.protocol import time_embedding
-from rg.io.files import atomic
+from rg.io.files import atomic, read_json
+from rg.io.records import Record, validate
+from rg.io.weights import load_network
 from rg.models import locate
 
 if TYPE_CHECKING:
     from rg.backbone.diffusion import DiffusionBackbone
 
 TIME_CONVENTIONS = ("direct", "mirrored", "none")
+
+
+class HeadRecord(Record):
+    """What head.json holds."""
+
+    class_name: str = Field(alias="class")
+    hyperparameters: dict[str, Any]
+
+
+def read_head_record(folder: Path) -> HeadRecord:
+    """Reads `folder`/head.json.
+
+    Raises:
+        FileNotFoundError: it or head.safetensors is missing.
+        ValueError: it is damaged; the message names it, the key, what was expected and what was found.
+    """
+    for name in ("head.json", "head.safetensors"):
+        if not (folder / name).exists():
+            raise FileNotFoundError(
+                f"head={folder}: expected a folder with head.json and head.safetensors, found no {name}"
+            )
+    path = folder / "head.json"
+    return validate(HeadRecord, read_json(path), str(path))
 
 
 class ReadoutHead(LightningModule):
@@ -182,19 +207,12 @@ class ReadoutHead(LightningModule):
 
         Raises:
             FileNotFoundError: there is no such folder, or a file is missing from it.
-            ValueError: it holds a head of another class, or tensors that are damaged or do not fit.
+            ValueError: it holds a head of another class, or a file is damaged or does not fit the other, see
+                rg.io.weights.load_network.
         """
         folder = locate(folder, "heads")
-        record_path = folder / "head.json"
-        if not record_path.is_file():
-            raise FileNotFoundError(f"head {folder}: expected head.json and head.safetensors in this folder")
-        record = json.loads(record_path.read_text())
-        if record["class"] != cls.__name__:
-            raise ValueError(f"head {folder}: expected a {cls.__name__}, found a {record['class']}")
-        head = cls(**record["hyperparameters"])
-        try:
-            tensors = load_file(folder / "head.safetensors")
-            head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"head {folder}: head.safetensors cannot be used: {error}") from error
-        return head.eval().requires_grad_(False)
+        record = read_head_record(folder)
+        if record.class_name != cls.__name__:
+            raise ValueError(f"head={folder}: class: expected a {cls.__name__}, found a {record.class_name}")
+        weights = folder / "head.safetensors"
+        return load_network(cls, record.hyperparameters, weights, str(folder / "head.json")).requires_grad_(False)

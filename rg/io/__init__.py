@@ -1,1 +1,1 @@
-"""What is read from files and written to them: whole files, images, figures."""
+"""What is read from files, bounded and checked, and written to them."""

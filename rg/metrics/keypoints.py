@@ -1,10 +1,11 @@
 """Scores of keypoints and of sets of images. Points are (x, y) in pixels of one image; see rg.points."""
 
 from collections.abc import Sequence
-from itertools import permutations
-from typing import Literal
+from math import nan
+from typing import Any, Literal
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rg.metrics.statistics import MeanPerImage
@@ -26,6 +27,17 @@ def box_side(points: Tensor, visible: Tensor) -> Tensor:
     low = torch.where(visible[..., None], points, torch.inf).amin(1)
     high = torch.where(visible[..., None], points, -torch.inf).amax(1)
     return (high - low).amax(-1).clamp_min(0)
+
+
+def measurable(target: Tensor, visible: Tensor) -> Tensor:
+    """Whose keypoints have a size to measure by, two visible ones in different places at least: bool (...).
+
+    Args:
+        target: (..., K, 2).
+        visible: (..., K) bool.
+    """
+    side = box_side(target.flatten(0, -3), visible.flatten(0, -2))
+    return (side > 0).unflatten(0, visible.shape[:-1])
 
 
 def pck(predicted: Tensor, target: Tensor, visible: Tensor, size: Tensor, alphas: Sequence[float]) -> Tensor:
@@ -72,15 +84,27 @@ def match_people(predicted: Tensor, target: Tensor, visible: Tensor, present: Te
     """
     distances = (predicted[:, None] - target[:, :, None]).norm(dim=-1)  # (B, targets, predictions, K)
     counted = visible[:, :, None]
-    cost = (distances * counted).sum(-1) / counted.sum(-1).clamp_min(1)
+    # Not a product: what is hidden is not read, and may be nan.
+    cost = torch.where(counted, distances, 0.0).sum(-1) / counted.sum(-1).clamp_min(1)
     cost = cost + 1e6 * (counted.any(-1) & ~present[:, None])
-    orders = torch.tensor(list(permutations(range(target.shape[1]))), device=cost.device)  # (orders, P)
-    sums = torch.stack([cost[:, range(len(order)), order].sum(1) for order in orders.tolist()], 1)
-    return orders[sums.argmin(1)]
+    orders = [_assign(*image) for image in zip(cost.cpu(), visible.any(-1).cpu(), strict=True)]
+    return torch.stack(orders).to(cost.device)
+
+
+def _assign(cost: Tensor, asked: Tensor) -> Tensor:
+    """The cheapest assignment (P,) for costs (P targets, P predictions); who is not asked for gets what is left."""
+    order = torch.full((len(cost),), -1)
+    order[asked] = torch.from_numpy(linear_sum_assignment(cost[asked].double().numpy())[1])
+    left = sorted(set(range(len(cost))) - set(order.tolist()))
+    order[~asked] = torch.tensor(left, dtype=order.dtype)
+    return order
 
 
 class PCK(MeanPerImage):
     """Mean share of correct keypoints over images, at several tolerances, which are the keys of what `compute` returns.
+
+    An image without two visible keypoints in different places has no size to measure by: it does not count, and
+    `left_out` says how many there were.
 
     Args:
         alphas: tolerances in (0, 1), shares of the larger side of a box.
@@ -89,6 +113,7 @@ class PCK(MeanPerImage):
     """
 
     higher_is_better = True
+    left_out: Tensor
 
     def __init__(
         self, *, alphas: Sequence[float] = (0.05, 0.1, 0.2), box: Literal["target", "predicted"] = "target"
@@ -97,6 +122,7 @@ class PCK(MeanPerImage):
         if box not in ("target", "predicted"):
             raise ValueError(f"expected box 'target' or 'predicted', got {box!r}: change `box`")
         super().__init__(alphas)
+        self.add_state("left_out", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.box = box
 
     def update(self, predicted: Tensor, target: Tensor, visible: Tensor, present: Tensor | None = None) -> None:
@@ -110,8 +136,16 @@ class PCK(MeanPerImage):
         Raises:
             ValueError: see `pck`.
         """
+        counted = measurable(target, visible) | ~visible.any(-1)  # `pck` refuses the latter
+        self.left_out += (~counted).sum()
         size = box_side(target if self.box == "target" else predicted, visible)
         shares = pck(predicted, target, visible, size, self.names)
         if present is not None:
             shares = shares * present[:, None]
-        self.add_images(shares)
+        self.add_images(shares[counted])
+
+    def compute(self) -> dict[Any, dict[str, float]]:
+        """See MeanPerImage; nan where every image was left out."""
+        if int(self.images) == 0 and int(self.left_out):
+            return {name: {"mean": nan, "sem": nan} for name in self.names}
+        return super().compute()

@@ -77,22 +77,22 @@ def test_keypoints_from_a_file_move_to_the_image_being_made(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "JSONDecodeError"),
-        ("[1, 2]", "TypeError"),
-        ('{"keypoints": []}', "found"),
-        ('{"size": [64, 64]}', "KeyError"),
-        ('{"size": [64], "keypoints": [[[0, 0, 1]]]}', "IndexError"),
-        ('{"size": ["a", 1], "keypoints": [[[0, 0, 1]]]}', "ValueError"),
-        ('{"size": [0, 64], "keypoints": [[[0, 0, 1]]]}', "size"),
-        ('{"size": [64, 64], "keypoints": [[[0, 0, 1], [0]]]}', "ValueError"),
-        ('{"size": [64, 64], "keypoints": [[[0, 0, 1]]]}', r"\(people, 18, 3\), found \(1, 1, 3\)"),
-        ('{"size": [64, 64], "keypoints": []}', r"\(people, 18, 3\), found \(0,\)"),
+        ("", "JSON"),
+        ("[1, 2]", r"\[1, 2\]"),
+        ('{"keypoints": []}', "size: expected this key, found none"),
+        ('{"size": [64, 64]}', "keypoints: expected this key, found none"),
+        ('{"size": [64], "keypoints": []}', r"size: .*2.* found \[64\]"),
+        ('{"size": ["a", 1], "keypoints": []}', r"size\.0: .*integer, found 'a'"),
+        ('{"size": [0, 64], "keypoints": []}', r"size\.0: .*1, found 0"),
+        ('{"size": [64, 64], "keypoints": [[[0, 0, 1], [0]]]}', r"keypoints\.0\.1: .*3.* found \[0\]"),
+        ('{"size": [64, 64], "keypoints": [[[0, 0, 1]]]}', r"keypoints\.0: .*18.* found \[\[0, 0, 1\]\]"),
+        ('{"size": [64, 64], "keypoints": []}', "keypoints: .*1 person, found none"),
     ],
 )
 def test_a_damaged_pose_file_is_named(tmp_path, text, words):
     path = tmp_path / "pose.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=rf"control={path}: expected .*{words}"):
+    with pytest.raises(ValueError, match=rf"^control={path}: .*{words}"):
         load_control(path, (32, 32))
 
 

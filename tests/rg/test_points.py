@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rg.points import COLORS, KEYPOINTS, LIMBS, draw_skeletons, heatmaps, inside, peaks, rescale
+from rg.points import COLORS, KEYPOINTS, LIMBS, check_visible, draw_skeletons, heatmaps, inside, peaks, rescale
 
 IMAGE, MAPS = (64, 48), (32, 24)
 
@@ -76,6 +76,15 @@ def test_an_invisible_keypoint_is_not_drawn():
     assert torch.equal(
         heatmaps(torch.cat([hidden, shown], 1), IMAGE, MAPS, sigma=1.0), heatmaps(shown, IMAGE, MAPS, sigma=1.0)
     )
+
+
+def test_only_a_visible_keypoint_has_to_be_a_place():
+    poses = torch.zeros(2, 1, 18, 3)
+    poses[0, 0, 4, :2] = torch.nan
+    check_visible(poses, "control")
+    poses[1, 0, 3] = torch.tensor([torch.inf, 2, 1])
+    with pytest.raises(ValueError, match=r"control: .*finite.*\[inf, 2\.0, 1\.0\] at \[1, 0, 3\]"):
+        check_visible(poses, "control")
 
 
 def test_peaks_inverts_heatmaps():

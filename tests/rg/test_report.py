@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rg.detectors.keypoints import Detection, KeypointDetector
-from rg.report import KERNEL_IMAGES, distances_to, headline, score_images, summarise, table
+from rg.io.records import validate
+from rg.report import KERNEL_IMAGES, ImageRecord, Results, distances_to, headline, score_images, summarise, table
 
 
 def square_pose(side: float, hidden: tuple[int, ...] = ()) -> torch.Tensor:
@@ -107,6 +108,45 @@ def test_one_image_has_no_interval_and_a_table():
     results = summarise([record({"unguided": 0.1, "guided": 0.5, "ceiling": 0.8})], (0.1,))
     assert "gain" not in results["pck"]["0.1"]
     assert "| PCK@0.1 | 0.100 ± 0.000 | 0.500 ± 0.000 | 0.800 ± 0.000 | - | 62.5% |" in table(results)
+
+
+def test_a_person_of_one_visible_keypoint_is_left_out_and_counted():
+    whole, one = square_pose(20.0), square_pose(20.0, hidden=tuple(range(1, 18)))
+    points = whole[..., :2].clone()
+    points[..., :9, 0] += 3
+    both = torch.cat([whole, one + torch.tensor([30.0, 0, 0])], 1)
+    (alone,) = score_images(detection(points), whole, (0.1,))
+    (beside,) = score_images(detection(torch.cat([points, both[:, 1:, :, :2] + 9], 1)), both, (0.1,))
+    assert beside["pck"] == alone["pck"]
+    (nothing,) = score_images(detection(points), one, (0.1,))
+    assert nothing["pck"] == {"target": {"0.1": None}, "predicted": {"0.1": None}} and nothing["present"]
+    records = [dict.fromkeys(("unguided", "guided", "ceiling"), scores) for scores in (alone, nothing)]
+    results, expected = summarise(records, (0.1,)), summarise(records[:1], (0.1,))
+    assert results["pck"] == expected["pck"] and (results["images"], results["left_out"]) == (2, 1)
+    assert "| 2 images, 1 of them without a size for PCK |" in table(results)
+    assert "| 1 images |" in table(expected) and expected["left_out"] == 0
+    with pytest.raises(ValueError, match=r"PCK: .*two visible keypoints.* none in 1"):
+        summarise(records[1:], (0.1,))
+
+
+def test_stored_scores_are_read_as_they_were_written():
+    pose = square_pose(20.0)
+    (scores,) = score_images(detection(pose[..., :2]), pose, (0.1,))
+    stored = {"position": 3, "prompt": "", "seconds": {"guided": 0.5, "unguided": 1}}
+    stored |= dict.fromkeys(("unguided", "guided", "ceiling"), scores)
+    assert validate(ImageRecord, stored, "00003.json").model_dump() == stored
+    for change, words in (
+        ({"guided": {**scores, "points": [[[0, 1]] * 17]}}, r"guided\.points\.0: .*18"),
+        ({"guided": {**scores, "confidence": 2}}, r"guided\.confidence: .*1, found 2"),
+        ({"ceiling": None}, "ceiling: .*found None"),
+        ({"position": "3"}, "position: .*integer, found '3'"),
+    ):
+        with pytest.raises(ValueError, match=rf"^00003\.json: {words}"):
+            validate(ImageRecord, stored | change, "00003.json")
+    results = summarise([record({"unguided": 0.1, "guided": 0.5, "ceiling": 0.8})], (0.1,))
+    assert validate(Results, results, "results.json").pck == results["pck"]
+    with pytest.raises(ValueError, match="results.json: pck: .*1.*found {}"):
+        validate(Results, results | {"pck": {}}, "results.json")
 
 
 def test_kernel_distance_needs_many_images_and_tells_renders_from_noise(root: Path):

@@ -1,4 +1,7 @@
+import io
 import json
+import os
+import struct
 
 import numpy as np
 import pytest
@@ -149,11 +152,15 @@ def test_unreadable_images_are_skipped_by_name(images):
     [
         (None, None, "a.jpg .*pictures.labels=.*/labels: .*a.png.* a.json.* none"),
         ("a.png", (8, 11), r"a.png: .*\(8, 12\).*\(8, 11\)"),
-        ("a.png", b"no image", "a.png cannot be read"),
-        ("a.json", b"{", "a.json: expected .*people x 18 x"),
-        ("a.json", b"{}", "a.json: expected .*people x 18 x.*KeyError"),
-        ("a.json", b'{"keypoints": [[[1, 2, 1]]]}', r"people x 18 x.*\(1, 1, 3\)"),
-        ("a.json", json.dumps({"keypoints": [person(k3=(float("nan"), 1))]}).encode(), "people x 18 x.*not finite"),
+        ("a.png", b"no image", "a.jpg has no label .*a.png: expected an image"),
+        ("a.json", b"{", "a.jpg has no label .*a.json: expected JSON"),
+        ("a.json", b"{}", "a.json: keypoints: expected this key, found none"),
+        ("a.json", b'{"keypoints": [[[1, 2, 1]]]}', r"a.json: keypoints\.0: expected .*18.*, found \[\[1, 2, 1\]\]"),
+        (
+            "a.json",
+            json.dumps({"keypoints": [person(k3=(float("nan"), 1))]}).encode(),
+            r"keypoints\.0\.3\.0: .* found nan",
+        ),
     ],
 )
 def test_bad_labels_are_skipped_with_a_reason(images, labels, name, content, words):
@@ -166,6 +173,69 @@ def test_bad_labels_are_skipped_with_a_reason(images, labels, name, content, wor
     assert isinstance(skip, Skip)
     with pytest.raises(AssertionError, match=words):
         raise AssertionError(skip.reason)
+
+
+def test_a_folder_that_passed_through_other_systems_has_the_images_that_it_had(images, tmp_path):
+    save(tmp_path / "linked" / "e.png", (4, 4))
+    for name in ("a.png", "b/c.png", "._a.png", ".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/._a.png"):
+        save(images / name, (4, 4))
+    (images / "sub").symlink_to(tmp_path / "linked")
+    (images / "b" / "up").symlink_to(images)
+    os.mkfifo(images / "pipe.png")
+    assert [item.file.as_posix() for item in read_all(folder(images))] == ["a.png", "b/c.png", "sub/e.png"]
+
+
+def test_images_are_counted_as_people_count(images):
+    for number in (0, 1, 2, 9, 10, 11):
+        save(images / f"frame{number}.png", (4, 4))
+    assert [item.file.stem[5:] for item in read_all(folder(images))] == ["0", "1", "2", "9", "10", "11"]
+
+
+def test_two_images_that_share_the_name_of_a_label_are_both_named(images):
+    for name in ("a.png", "sub/a.jpg", "b.webp"):
+        save(images / name, (4, 4))
+    assert folder(images).count("train") == 3
+    save(images / "sub" / "a.PNG", (4, 4))
+    with pytest.raises(ValueError, match=rf"pictures\.path={images}: .* one .* sub/a\.PNG and sub/a\.jpg"):
+        folder(images)
+
+
+def test_a_photograph_with_odd_exif_data_is_read_and_turned(images):
+    images.mkdir()
+    stream = io.BytesIO()
+    Image.new("RGB", (60, 40)).save(stream, "JPEG")
+    turn = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    entries = struct.pack("<H", 2) + turn + struct.pack("<HHII", 0x011A, 10, 1, 38) + bytes(4)  # a signed resolution
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries + struct.pack("<ii", -5, 3)
+    marker = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    (images / "a.jpg").write_bytes(stream.getvalue()[:2] + marker + stream.getvalue()[2:])
+    assert read_all(folder(images))[0].original == (60, 40)
+
+
+def test_marks_at_the_beginning_of_captions_and_labels_are_no_part_of_them(images, labels):
+    save(images / "a.png", (16, 16))
+    (images / "a.txt").write_text("a person on grass\n", encoding="utf-8-sig")
+    content = json.dumps({"keypoints": [person(k0=(8, 4))]})
+    (labels / "a.json").write_text(content, encoding="utf-8-sig")
+    assert read_all(folder(images, 16))[0].prompt == "a person on grass"
+    assert label_all(folder(images, 16), labels)[0].keypoints[0, 0].tolist() == [8, 4, 1]
+
+
+def test_what_lies_under_a_transparent_label_does_not_count(images, labels):
+    save(images / "a.png", (4, 4))
+    levels = np.full((4, 4, 4), (255, 255, 255, 0), np.uint8)
+    levels[1, 2] = (255, 0, 0, 255)
+    Image.fromarray(levels).save(labels / "a.png")
+    image = label_all(folder(images), labels, line_width=None)[0].image
+    assert image[:, 1, 2].tolist() == [255, 0, 0] and image.sum() == 255
+
+
+def test_a_name_that_is_no_text_is_read_and_skipped_like_others(images):
+    for name in (b"\xff.png", b"\xfe.png"):
+        save(images / os.fsdecode(name), (4, 4))
+    (images / os.fsdecode(b"\xfe.png")).write_bytes(b"no image")
+    first, second = read_all(folder(images))
+    assert first.reason.encode().startswith("\ufffd.png cannot be read".encode()) and not isinstance(second, Skip)
 
 
 def test_split_of_an_image_depends_on_its_name_and_the_seed_only(images):

@@ -102,6 +102,34 @@ def test_masks_are_cropped_as_the_frames_are(folder, tmp_path):
     assert cow.reason.startswith("sub/cow: a frame or mask cannot be read") and "masks/sub/cow/0000" in cow.reason
 
 
+def test_a_mask_of_four_channels_is_white_where_the_thing_is(tmp_path):
+    square = np.zeros((64, 64), np.uint8)
+    square[20:40, 20:40] = 255
+    for name in ("videos/clip", "masks/clip"):
+        (tmp_path / name).mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (64, 64), (20 * number, 9, 9)).save(tmp_path / f"videos/clip/{number}.png")
+        opaque = np.dstack([square] * 3 + [np.full_like(square, 255)])
+        Image.fromarray(opaque).save(tmp_path / f"masks/clip/{number}.png")
+    shares = {"validation_share": 0.0, "test_share": 0.0}
+    videos = {"path": str(tmp_path / "videos"), "masks": str(tmp_path / "masks"), "resolution": 64}
+    source = VideoFolderSource(**videos, **shares, pairs=1, gaps=(2, 2))
+    assert torch.equal(source.read("train", [0])[0].mask, torch.from_numpy(square > 0))
+    Image.new("RGB", (64, 64)).save(tmp_path / "videos/clip/1.jpg")
+    with pytest.raises(ValueError, match=r"pictures\.path=.*clip/1\.jpg and clip/1\.png"):
+        VideoFolderSource(**videos, **shares)
+    assert VideoFolderSource(**videos | {"masks": None}, **shares).count("train") == 50
+
+
+def test_frames_are_in_the_order_of_their_numbers(tmp_path):
+    (tmp_path / "clip").mkdir()
+    for number in range(12):
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(tmp_path / f"clip/frame{number}.png")
+    shares = {"validation_share": 0.0, "test_share": 0.0}
+    source = VideoFolderSource(path=str(tmp_path), resolution=8, pairs=1, gaps=(11, 11), clips=True, **shares)
+    assert (source.read("train", [0])[0].images[:, 0, 0, 0] // 20).tolist() == list(range(12))
+
+
 def test_splits_are_by_video_and_names_are_watched(folder):
     source = make_source(folder, validation_share=0.5)
     assert set(source.videos["train"]) | set(source.videos["val"]) == {"bear", "sub/cow", "lone", "mixed", "torn"}

@@ -74,5 +74,5 @@ def test_the_command_keeps_what_others_found(folders, monkeypatch):
 
 def test_a_damaged_record_is_named_before_any_work(tmp_path):
     (tmp_path / "readouts.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"readouts\.json: .*{head: {metric"):
+    with pytest.raises(ValueError, match=r"readouts\.json: .*found \[1\]"):
         read_results(tmp_path / "readouts.json")

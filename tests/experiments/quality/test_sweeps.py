@@ -67,6 +67,14 @@ def test_runs_come_best_first_without_what_they_share(tmp_path: Path):
     ]
 
 
+def test_damaged_results_are_one_line(tmp_path: Path):
+    add_run(tmp_path / "run-1", [], 0.2)
+    path = tmp_path / "run-1" / "results.json"
+    path.write_text(path.read_text().replace("32", "null"))
+    with pytest.raises(ValueError, match=rf"^{path}: images: .*found None"):
+        evaluation_table(tmp_path)
+
+
 def test_no_finished_evaluation_is_an_error(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"results\.json"):
         evaluation_table(tmp_path)

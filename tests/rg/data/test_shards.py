@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rg.data.samples import DataError, Samples
-from rg.data.shards import Manifest, read_shards
+from rg.data.shards import MAX_MEMBER, Manifest, read_shards
 
 
 @pytest.fixture
@@ -109,6 +109,57 @@ def test_links_are_not_followed(folder):
     assert 3 not in read_shards(folder).index.tolist()
 
 
+def test_a_member_is_refused_by_its_size_before_it_is_read(folder):
+    path = folder / "shard-000000.tar"
+    whole, hole = path.read_bytes(), tarfile.TarInfo("00000000.z")
+    hole.size = 2**36
+    path.write_bytes(hole.tobuf() + whole)
+    with path.open("r+b") as file:  # as if the member were there: a hole in the file
+        file.truncate(2**36 + len(whole))
+    with pytest.raises(DataError, match=rf"00000000\.z: .*{MAX_MEMBER:,} bytes, found {2**36:,}"):
+        read_shards(folder)
+    sparse = tarfile.TarInfo("00000000.z")  # 512 bytes that stand for many more, in GNU's format
+    sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 512
+    header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    header[386:410], header[483:495] = b"%011o\0%011o\0" % (0, 512), b"%011o\0" % 2**32
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * ord(" ") + sum(header[156:512]))
+    path.write_bytes(bytes(header) + bytes(512) + whole)
+    with pytest.raises(DataError, match=rf"00000000\.z: .*found {2**32:,} sparse"):
+        read_shards(folder)
+
+
+def damaged(**changed):
+    """What a manifest holds, its first shard's entry changed."""
+    return lambda content: content["shards"]["shard-000000.tar"].update(changed)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda content: content.update(shards=None), "shards: .*found None"),
+        (lambda content: content.update(skipped=float("nan")), "NaN"),
+        (damaged(start=float("inf")), "Infinity"),
+        (damaged(start=1.5), r"shards\.shard-000000\.tar\.start: .*integer, found 1\.5"),
+        (damaged(start="0"), r"start: .*integer, found '0'"),
+        (damaged(stop=-1), r"stop: .*0, found -1"),
+        (damaged(samples=11), "sample for each index"),
+        (damaged(stop=10**8), "100,000,015 indices of .*shards.*, got 25"),
+        (lambda content: content["shards"].update({"../x.tar": {}}), r"shards\.\.\./x\.tar.*, found '\.\./x\.tar'"),
+        (lambda content: content.update(skipped={"3": "no"}), "skipped.3.*8.*found '3'"),
+        (lambda content: content.update(colour=2), "colour: expected no such key, found 2"),
+        (lambda content: content.pop("split"), "split: expected this key, found none"),
+        (lambda content: content.update(settings=[[]]), r"settings: .*found \[\[\]\]"),
+    ],
+)
+def test_a_manifest_is_checked_before_it_is_used(folder, damage, words):
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    damage(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"{path}: .*{words}"):
+        read_shards(folder)
+
+
 def test_what_the_manifest_does_not_count_is_not_read(folder):
     manifest = Manifest.read(folder)
     manifest.shards["shard-000002.tar"] |= {"stop": 22, "samples": 2}
@@ -116,10 +167,18 @@ def test_what_the_manifest_does_not_count_is_not_read(folder):
     assert read_shards(folder).index.tolist()[-1] == 21
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"samples": 1, "colour": 2}'])
-def test_damaged_manifest(folder, text):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "JSON"),
+        ("[]", r"found \[\]"),
+        ("{}", "samples: .*none"),
+        ('{"samples": "1"}', "samples: .*integer, found '1'"),
+    ],
+)
+def test_damaged_manifest(folder, text, words):
     (folder / "manifest.json").write_text(text)
-    with pytest.raises(DataError, match=r"manifest.json is not a manifest"):
+    with pytest.raises(DataError, match=rf"manifest\.json: .*{words}"):
         read_shards(folder)
 
 
@@ -134,7 +193,7 @@ def test_the_manifest_says_what_the_samples_are(folder):
     del content["kind"]  # as it was before there was one
     path.write_text(json.dumps(content))
     assert Manifest.read(folder).kind is None and isinstance(read_shards(folder), Samples)
-    for kind, named in (("group", "json of sample .*'turn'"), ("video", "kind.*'video'")):
+    for kind, named in (("group", "json of sample .*pictures: .*this key"), ("video", "kind: .*'group'.*'video'")):
         path.write_text(json.dumps({**content, "kind": kind}))
         with pytest.raises(DataError, match=named):
             read_shards(folder)

@@ -129,3 +129,34 @@ def test_shipped_detector_is_small_and_sees_nobody_in_noise() -> None:
     detector = KeypointDetector.from_pretrained(SHIPPED)
     assert not detector.detect(batch(8)).present.any()
     assert not detector.detect(torch.linspace(-1, 1, 8)[:, None, None, None].expand(8, 3, 64, 64)).present.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"threshold": "0.2"}, "threshold: .*number, found '0.2'"),
+        ({"threshold": 7}, r"\[0, 1\].*7"),
+        ({"widths": [16, 16]}, r"widths.*\[16, 16\]|\[16, 16\].*widths"),
+        ({"colour": 1}, "colour: expected one of .*'threshold'.* found 1"),
+    ],
+)
+def test_a_damaged_configuration_is_one_line(detector: KeypointDetector, tmp_path: Path, change, words: str) -> None:
+    detector.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"^{path}: .*{words}"):
+        KeypointDetector.from_pretrained(tmp_path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=rf"^{path}: .*found \[\]"):
+        KeypointDetector.from_pretrained(tmp_path)
+
+
+def test_damaged_weights_are_one_line(detector: KeypointDetector, tmp_path: Path) -> None:
+    with torch.no_grad():
+        detector.maps.bias[0] = torch.nan
+    detector.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/model.safetensors: maps.bias: .*found nan"):
+        KeypointDetector.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"{}")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/model.safetensors: expected safetensors"):
+        KeypointDetector.from_pretrained(tmp_path)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
 
 from rg.cli import load_configured_head
 from rg.heads import load_head
@@ -87,6 +88,71 @@ def test_nothing_that_a_folder_names_is_imported(folder, tmp_path, named):
 def test_a_name_that_leads_to_no_head_is_one_error(folder, named, message):
     with pytest.raises(ValueError, match=rf"class={re.escape(str(named))}: .*module\.Class.*{message}"):
         load_head(folder, named)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"class": None}, "class: expected .*string, found None"),
+        ({"class": 3}, "class: expected .*string, found 3"),
+        ({"hyperparameters": None}, "hyperparameters: expected .*found None"),
+        ({"hyperparameters": []}, r"hyperparameters: expected .*found \[\]"),
+        ({"hyperparameters": {}}, "NarrowHead.*tap_channels"),
+        ({"hyperparameters": WIDTHS | {"tap_channels": 8}}, "tap_channels: .*found 8"),
+        ({"hyperparameters": WIDTHS | {"tap_channels": [8.5]}}, r"tap_channels\.0: .*found 8\.5"),
+        ({"hyperparameters": WIDTHS | {"projection_dim": "16"}}, "projection_dim: .*integer, found '16'"),
+        ({"hyperparameters": WIDTHS | {"projection_dim": -16}}, "NarrowHead"),
+        ({"hyperparameters": WIDTHS | {"norm_groups": 3}}, "norm_groups: .*4.* 3"),
+        ({"hyperparameters": WIDTHS | {"taps": [7]}}, "NarrowHead"),
+        ({"hyperparameters": WIDTHS | {"colour": 1}}, "colour: expected one of .*'steepness'.*'taps'.* found 1"),
+    ],
+)
+def test_a_damaged_record_is_one_line(folder, change, words):
+    path = folder / "head.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"^{path}: .*{words}") as error:
+        load_head(folder, "own_heads.NarrowHead")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "JSON"),
+        (b"[]", r"found \[\]"),
+        (b"{}", "class: expected this key, found none"),
+        (b"\xff{}", "UTF-8.*0xff"),
+        (b'{"class": "SpatialHead"}', "hyperparameters: expected this key, found none"),
+        (b'{"class": NaN}', "NaN"),
+        (b'{"class": ' + b"[" * 20_000, "levels, found 20,001"),
+    ],
+)
+def test_a_record_that_is_none_is_one_line(folder, data, words):
+    (folder / "head.json").write_bytes(data)
+    for class_path in (None, "own_heads.NarrowHead"):
+        with pytest.raises(ValueError, match=rf"^{folder}/head.json: .*{words}"):
+            load_head(folder, class_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_weights_that_no_training_leaves_are_refused(folder, value):
+    tensors = load_file(folder / "head.safetensors")
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, folder / "head.safetensors")
+    with pytest.raises(ValueError, match=rf"^{folder}/head.safetensors: {name}: .*found {value:g}".replace("+", r"\+")):
+        load_head(folder, "own_heads.NarrowHead")
+
+
+def test_the_random_state_is_that_of_making_a_head_once(folder):
+    import own_heads
+
+    torch.manual_seed(0)
+    own_heads.NarrowHead(**WIDTHS)
+    expected = torch.rand(4)
+    torch.manual_seed(0)
+    load_head(folder, "own_heads.NarrowHead")
+    assert torch.equal(torch.rand(4), expected)
 
 
 def test_another_class_than_the_folder_holds_is_named(folder):

@@ -1,10 +1,21 @@
 import json
+import os
 from pathlib import Path
 from threading import Barrier, Thread
 
 import pytest
 
-from rg.io.files import atomic, fingerprint, write_json, write_text
+from rg.io.files import (
+    MAX_DEPTH,
+    MAX_TEXT,
+    atomic,
+    fingerprint,
+    parse_json,
+    read_json,
+    read_text,
+    write_json,
+    write_text,
+)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -72,3 +83,50 @@ def test_fingerprint_changes_with_weights_and_settings(tmp_path: Path) -> None:
     second = fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"other")
     assert len({first, second, fingerprint(tmp_path)}) == 3
+
+
+def test_the_mark_at_the_beginning_of_a_text_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"x": "ü"}', encoding="utf-8-sig")
+    assert read_text(tmp_path / "a.json")[0] == "{" and read_json(tmp_path / "a.json") == {"x": "ü"}
+
+
+def test_texts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with pytest.raises(ValueError, match=f"{path}: expected a regular file, found none"):
+        read_text(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=f"{path}: expected text in UTF-8, found .*0xff"):
+        read_text(path)
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match=f"{path}: expected at most {MAX_TEXT:,} bytes, found {2**40:,}"):
+        read_text(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"{path}: expected a regular file, found something else"):
+        read_text(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "expected JSON"),
+        ("{'x': 1}", "expected JSON.*line 1 column 2"),
+        ('{"x": [1, NaN]}', "finite.* NaN"),
+        ('{"x": -Infinity}', "finite.* -Infinity"),
+        ("9" * 5000, "4300"),
+        ("[" * 20_000, f"{MAX_DEPTH} levels, found 20,000"),
+        ('{"x": ' * 20_000 + "1" + "}" * 20_000, f"{MAX_DEPTH} levels, found 20,000"),
+    ],
+)
+def test_json_that_cannot_be_read_is_named(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=f"a.json: .*{words}"):
+        parse_json(text, "a.json")
+
+
+def test_only_open_brackets_outside_of_strings_are_levels() -> None:
+    for content in ("[" * 1000, 'a "quoted\\" [' * 100, [[]] * 1000, [["]", "}"]] * 100):
+        assert parse_json(json.dumps(content), "a.json") == content
+    deepest = "[" * MAX_DEPTH + "]" * MAX_DEPTH
+    assert parse_json(f"[{deepest[1:-1]}, {deepest[1:-1]}]", "a.json")
+    assert parse_json("[NaN]", "a.json", constants=True)[0] != 0

@@ -1,12 +1,14 @@
 import math
 import re
+import time
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from rg.metrics.keypoints import PCK, box_side, match_people, pck
+from rg.metrics.keypoints import PCK, box_side, match_people, measurable, pck
 from rg.metrics.statistics import kernel_distance, paired_gain, student_quantile
 
 # Two images, four keypoints; the boxes of the visible ones have sides 20 and 10.
@@ -49,6 +51,65 @@ def test_people_are_matched_by_smallest_total_distance() -> None:
     # Who is no person is given away last: to the one who is not asked for.
     visible[:, 0], present[:, 2] = False, False
     assert match_people(predicted, target, visible, present).tolist() == [[2, 1, 0]]
+
+
+def random_crowds(images: int, people: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """predicted, target, visible, present, of which the target's first person may be nobody."""
+    generator = torch.Generator().manual_seed(people)
+    target = 64 * torch.rand(images, people, 18, 2, generator=generator)
+    predicted = target[:, torch.randperm(people, generator=generator)]
+    predicted = predicted + 9 * torch.randn(predicted.shape, generator=generator)
+    visible = torch.rand(images, people, 18, generator=generator) < 0.7
+    visible[::3, 0] = False
+    return predicted, target, visible, torch.rand(images, people, generator=generator) < 0.8
+
+
+@pytest.mark.parametrize("people", [1, 2, 3, 5])
+def test_a_small_crowd_is_matched_as_the_best_of_all_orders_is(people: int) -> None:
+    predicted, target, visible, present = random_crowds(40, people)
+    distances = (predicted[:, None] - target[:, :, None]).norm(dim=-1) * visible[:, :, None]
+    cost = distances.sum(-1) / visible.sum(-1).clamp_min(1)[..., None]
+    cost = (cost + 1e6 * (visible.any(-1)[..., None] & ~present[:, None])).double()
+    orders = list(permutations(range(people)))
+    best = torch.stack([cost[:, range(people), order].sum(1) for order in orders], 1).argmin(1)
+    assert torch.equal(match_people(predicted, target, visible, present), torch.tensor(orders)[best])
+
+
+def test_a_large_crowd_is_matched_at_once() -> None:
+    target = 64 * torch.rand(2, 100, 18, 2, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+    visible, present = torch.ones(2, 100, 18, dtype=torch.bool), torch.ones(2, 100, dtype=torch.bool)
+    begin = time.perf_counter()
+    matched = match_people(target[:, order], target, visible, present)
+    assert time.perf_counter() - begin < 1 and (order[matched] == torch.arange(100)).all()
+
+
+def test_hidden_keypoints_that_are_nan_change_no_score() -> None:
+    predicted, target, visible, present = random_crowds(4, 3)
+    unknown = torch.where(visible[..., None], target, torch.nan)
+    assert torch.equal(*(match_people(predicted, t, visible, present) for t in (target, unknown)))
+    visible[..., 0] = True
+    unknown = torch.where(visible[..., None], target, torch.nan)
+    found = []
+    for truth in (target, unknown):
+        metric = PCK()
+        metric.update(predicted[:, 0], truth[:, 0], visible[:, 0])
+        found.append(metric.compute())
+    assert found[0] == found[1]
+
+
+def test_one_visible_keypoint_gives_no_size_to_measure_by() -> None:
+    one, same = VISIBLE[:1] & (torch.arange(4) == 1), TARGET[:1] * 0
+    assert measurable(TARGET, VISIBLE).tolist() == [True, True]
+    assert measurable(TARGET[None, :1], one[None]).tolist() == [[False]]
+    assert not measurable(same, VISIBLE[:1]).any() and not measurable(TARGET[:1], one & False).any()
+    alone, mixed = PCK(alphas=tuple(SHARES)), PCK(alphas=tuple(SHARES))
+    alone.update(MOVED[1:], TARGET[1:], VISIBLE[1:])
+    mixed.update(MOVED, TARGET, torch.cat([one, VISIBLE[1:]]))
+    assert mixed.compute() == alone.compute() and (int(alone.left_out), int(mixed.left_out)) == (0, 1)
+    nobody = PCK(alphas=(0.1,))
+    nobody.update(MOVED[:1], TARGET[:1], one)
+    assert math.isnan(nobody.compute()[0.1]["mean"]) and int(nobody.left_out) == 1
 
 
 @pytest.mark.parametrize("alpha", SHARES)
