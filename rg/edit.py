@@ -16,7 +16,7 @@ from torch import Tensor
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.backbone.inversion import invert
 from rg.cli import command, link_latest
-from rg.generation import crop_box, generate, image_seeds, image_size, set_scheduler
+from rg.generation import check_sampling, crop_box, generate, image_seeds, image_size, set_scheduler
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.step import StepTrace
 from rg.guidance.targets import ReferenceTarget
@@ -180,10 +180,11 @@ class Edit:
             raise ValueError(f"images: expected at least 1, got {cfg.images}")
         if cfg.noise not in ("new", "reference"):
             raise ValueError(f"noise: expected new or reference, got {cfg.noise}")
-        self.cfg, self.run_dir = cfg, run_dir
+        self.cfg, self.run_dir, self.prompt = cfg, run_dir, cfg.prompt or ""
         self.trace: list[StepTrace] = []
         self.backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
         self.heads = load_heads(cfg, self.backbone)
+        self.sampling = check_sampling(self.backbone, cfg.sampling)
         self.size = image_size(self.backbone, cfg.sampling)
         self.image = None if cfg.reference is None else self.read_reference()
         frame = Frame(self.size if self.image is None else (self.image.height, self.image.width), self.size)
@@ -222,7 +223,7 @@ class Edit:
         height, width = self.size
         part = ImageOps.fit(self.image, (width, height), Image.Resampling.LANCZOS)
         latents = backbone.encode(from_bytes(pixels(part)[None]))[0]
-        return invert(backbone, latents, num_inference_steps=cfg.sampling.num_inference_steps, prompt=cfg.prompt)
+        return invert(backbone, latents, num_inference_steps=cfg.sampling.num_inference_steps, prompt=self.prompt)
 
     def terms(self, noise: Tensor) -> list[GuidanceTerm]:
         """The energies of all heads, on the grid of the readouts that latents like `noise` give."""
@@ -243,7 +244,7 @@ class Edit:
 
     def reference(self, noise: Tensor, guidance: ReadoutGuidance) -> Tensor:
         """The reference (1, 3, H, W) in [-1, 1], sampled from its noise while guidance records its readouts."""
-        arguments = OmegaConf.to_container(self.cfg.sampling, resolve=True)
+        arguments = dict(self.sampling)
         if self.image is not None:
             # An inverted image comes back without text guidance alone, and both branches run with a little of it.
             arguments["guidance_scale"] = 1.0001 if guidance.branch == "both" else 1.0
@@ -251,7 +252,7 @@ class Edit:
             arguments.pop("negative_prompt", None)
         with guidance.record(self.backbone.pipeline):
             seeds = image_seeds(self.cfg.seed, [0])
-            return generate(self.backbone.pipeline, [self.cfg.prompt], seeds=seeds, latents=noise, **arguments)
+            return generate(self.backbone.pipeline, [self.prompt], seeds=seeds, latents=noise, **arguments)
 
     def run(self) -> Tensor:
         """Writes everything; returns the new images (B, 3, H, W) in [-1, 1]."""
@@ -259,11 +260,10 @@ class Edit:
         noise = self.reference_noise()
         guidance: ReadoutGuidance = instantiate(cfg.guidance)(terms=self.terms(noise))
         reference = self.reference(noise, guidance)
-        arguments: dict[str, Any] = {"seeds": image_seeds(cfg.seed, range(1, 1 + cfg.images))}
-        arguments |= OmegaConf.to_container(cfg.sampling, resolve=True)
+        arguments = {"seeds": image_seeds(cfg.seed, range(1, 1 + cfg.images)), **self.sampling}
         if cfg.noise == "reference":
             arguments["latents"] = noise.expand(cfg.images, -1, -1, -1)
-        prompts = [cfg.prompt if cfg.edit_prompt is None else cfg.edit_prompt] * cfg.images
+        prompts = [self.prompt if cfg.edit_prompt is None else cfg.edit_prompt] * cfg.images
         unguided = generate(pipe, prompts, **arguments)
         guided = generate(pipe, prompts, guidance=guidance, **arguments)
         self.write({"reference": reference.expand(cfg.images, -1, -1, -1), "unguided": unguided, "guided": guided})

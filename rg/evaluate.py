@@ -23,7 +23,7 @@ from rg.cli import command, link_latest, load_configured_head
 from rg.data.samples import Groups, Samples
 from rg.data.shards import read_shards
 from rg.detectors.keypoints import Detection, KeypointDetector
-from rg.generation import generate, image_seeds, image_size, per_image, set_scheduler
+from rg.generation import check_sampling, generate, image_seeds, image_size, per_image, set_scheduler
 from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
@@ -75,6 +75,7 @@ class Evaluation:
         self.head.to(self.backbone.device)
         self.detector: KeypointDetector = instantiate(cfg.world.detector)
         set_scheduler(self.backbone.pipeline, cfg.scheduler)
+        self.sampling = check_sampling(self.backbone, cfg.sampling)
         made, seen = image_size(self.backbone, cfg.sampling), self.backbone.resolution
         if made != seen:
             raise ValueError(f"sampling.height, sampling.width: expected {seen}, as the detector does, got {made}")
@@ -135,8 +136,7 @@ class Evaluation:
         guidance = instantiate(self.cfg.guidance)(terms=[GuidanceTerm(self.head, FixedTarget(control))])
         # Another image's prompt: what it says must not give the pose away.
         prompts = [self.samples.prompt[(i + len(self.samples) // 2) % len(self.samples)] for i in positions]
-        arguments = {"seeds": image_seeds(self.cfg.seed, positions)}
-        arguments |= OmegaConf.to_container(self.cfg.sampling, resolve=True)
+        arguments = {"seeds": image_seeds(self.cfg.seed, positions), **self.sampling}
         if arguments.get("negative_prompt") is not None:
             texts = per_image("sampling.negative_prompt", arguments["negative_prompt"], len(self.samples))
             arguments["negative_prompt"] = [texts[i] for i in positions]

@@ -8,12 +8,14 @@ import cv2
 import diffusers
 import numpy as np
 import torch
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.guidance.guidance import ReadoutGuidance
 from rg.points import Size
+from rg.settings import check_arguments
 
 # Names on the command line, as in the literature.
 SCHEDULERS = {
@@ -76,6 +78,13 @@ def per_image(name: str, texts: str | Sequence[str], images: int) -> list[str]:
     if len(texts) != images:
         raise ValueError(f"{name}: expected one text, or a list of {images}, one per image, got {len(texts)}: {texts}")
     return texts
+
+
+def check_sampling(backbone: DiffusionBackbone, sampling: DictConfig) -> dict[str, Any]:
+    """The pipeline's own arguments of a command; raises ValueError for one that it does not take or of another type."""
+    arguments = OmegaConf.to_container(sampling, resolve=True)
+    check_arguments(backbone.pipeline.__call__, arguments, "sampling", closed=True)
+    return arguments
 
 
 def image_size(backbone: DiffusionBackbone, sampling: Mapping[str, Any]) -> Size:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import command, link_latest, load_configured_head
 from rg.data.shards import read_shards
-from rg.generation import fit_image, generate, image_seeds, image_size, set_scheduler
+from rg.generation import check_sampling, fit_image, generate, image_seeds, image_size, set_scheduler
 from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
@@ -70,11 +70,11 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
     head.check_taps(backbone.tap_channels, backbone.time_embed_dim, backbone.condition_dim)
     head.to(backbone.device)
     set_scheduler(backbone.pipeline, cfg.scheduler)
+    arguments = {"seeds": image_seeds(cfg.seed, range(cfg.images)), **check_sampling(backbone, cfg.sampling)}
+    instantiate(cfg.guidance)(terms=[GuidanceTerm(head)])  # a bad setting is said before labels are made
     target, prompts = read_controls(cfg, backbone, head)
     guidance = instantiate(cfg.guidance)(terms=[GuidanceTerm(head, target)])
     backbone.pipeline.set_progress_bar_config(disable=False)
-    arguments = {"seeds": image_seeds(cfg.seed, range(cfg.images))}
-    arguments |= OmegaConf.to_container(cfg.sampling, resolve=True)
     unguided = generate(backbone.pipeline, prompts, **arguments)
     guided = generate(backbone.pipeline, prompts, guidance=guidance, **arguments)
     rows = {"unguided": (unguided + 1) / 2, "guided": (guided + 1) / 2}
