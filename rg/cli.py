@@ -359,11 +359,16 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
     for kind in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
         warnings.filterwarnings("ignore", category=kind)
-    warnings.filterwarnings("ignore", message=".*deprecated|.*does not have many workers")
+    warnings.filterwarnings("ignore", message=".*deprecated|.*does not have many workers|.*exists and is not empty")
     os.environ.setdefault("WANDB_QUIET", "true")
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
+
+
+def refresh_seconds() -> float:
+    """How often a progress bar is drawn: a log file, which nobody watches, gets one state a minute."""
+    return 0.1 if sys.stderr.isatty() else 60.0
 
 
 def load_configured_head(choice: DictConfig, family: str) -> "ReadoutHead":

@@ -16,7 +16,7 @@ from torch import Tensor
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.backbone.inversion import invert
 from rg.cli import command, link_latest
-from rg.generation import check_sampling, crop_box, generate, image_seeds, image_size, set_scheduler
+from rg.generation import check_sampling, crop_box, generate, image_seeds, image_size, set_scheduler, show_progress
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.step import StepTrace
 from rg.guidance.targets import ReferenceTarget
@@ -193,7 +193,6 @@ class Edit:
         if frame.size != frame.made:
             log.info("reference: %s: %s, resized to %dx%d", cfg.reference, frame, self.size[1], self.size[0])
         set_scheduler(self.backbone.pipeline, cfg.scheduler)
-        self.backbone.pipeline.set_progress_bar_config(disable=False)
 
     def read_reference(self) -> Image.Image:
         """The image that `cfg.reference` names, as it is.
@@ -250,6 +249,7 @@ class Edit:
             arguments["guidance_scale"] = 1.0001 if guidance.branch == "both" else 1.0
         if not isinstance(arguments.get("negative_prompt"), str):  # a list is of the new images
             arguments.pop("negative_prompt", None)
+        show_progress(self.backbone.pipeline, "reference")
         with guidance.record(self.backbone.pipeline):
             seeds = image_seeds(self.cfg.seed, [0])
             return generate(self.backbone.pipeline, [self.prompt], seeds=seeds, latents=noise, **arguments)
@@ -264,7 +264,9 @@ class Edit:
         if cfg.noise == "reference":
             arguments["latents"] = noise.expand(cfg.images, -1, -1, -1)
         prompts = [self.prompt if cfg.edit_prompt is None else cfg.edit_prompt] * cfg.images
+        show_progress(pipe, "unguided")
         unguided = generate(pipe, prompts, **arguments)
+        show_progress(pipe, "guided")
         guided = generate(pipe, prompts, guidance=guidance, **arguments)
         self.write({"reference": reference.expand(cfg.images, -1, -1, -1), "unguided": unguided, "guided": guided})
         self.trace = guidance.trace

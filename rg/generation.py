@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from rg.backbone.diffusion import DiffusionBackbone
+from rg.cli import refresh_seconds
 from rg.guidance.guidance import ReadoutGuidance
 from rg.points import Size
 from rg.settings import check_arguments
@@ -70,6 +71,11 @@ def generate(
     with guidance.attach(pipe) if guidance is not None else nullcontext():
         images = pipe(list(prompts), generator=generators, output_type="pt", **arguments).images
     return images.cpu().float() * 2 - 1
+
+
+def show_progress(pipe: Any, what: str) -> None:
+    """Gives the pipeline's own progress bar a name, and few refreshes where nobody watches."""
+    pipe.set_progress_bar_config(disable=False, desc=what, mininterval=refresh_seconds())
 
 
 def per_image(name: str, texts: str | Sequence[str], images: int) -> list[str]:

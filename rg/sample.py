@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import command, link_latest, load_configured_head
 from rg.data.shards import read_shards
-from rg.generation import check_sampling, fit_image, generate, image_seeds, image_size, set_scheduler
+from rg.generation import check_sampling, fit_image, generate, image_seeds, image_size, set_scheduler, show_progress
 from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
@@ -74,8 +74,9 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
     instantiate(cfg.guidance)(terms=[GuidanceTerm(head)])  # a bad setting is said before labels are made
     target, prompts = read_controls(cfg, backbone, head)
     guidance = instantiate(cfg.guidance)(terms=[GuidanceTerm(head, target)])
-    backbone.pipeline.set_progress_bar_config(disable=False)
+    show_progress(backbone.pipeline, "unguided")
     unguided = generate(backbone.pipeline, prompts, **arguments)
+    show_progress(backbone.pipeline, "guided")
     guided = generate(backbone.pipeline, prompts, guidance=guidance, **arguments)
     rows = {"unguided": (unguided + 1) / 2, "guided": (guided + 1) / 2}
     if guidance.trace and guidance.trace[-1].readouts:  # none without guidance.keep_readouts

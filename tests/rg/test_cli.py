@@ -305,6 +305,28 @@ def test_a_setting_of_another_type_ends_a_command_with_one_line():
     assert found.stderr.startswith("error: models: ") and found.stderr.endswith("found 3\n")
 
 
+NOISY = """
+import logging, warnings
+from rg.cli import command
+@command("experiments/ship")
+def main(cfg):
+    for name in ("__main__", "rg.train", "matplotlib.category", "lightning.pytorch.utilities.rank_zero", "PIL"):
+        logging.getLogger(name).info("said by %s", name)
+    logging.getLogger("PIL").warning("a warning")
+    warnings.warn("old", DeprecationWarning)
+    warnings.warn("of use")
+main()
+"""
+
+
+def test_libraries_are_quiet_unless_they_are_asked():
+    quiet, loud = (run("-c", NOISY, "run=x", "name=y", f"verbose={verbose}") for verbose in ("false", "true"))
+    said = [re.findall(r"said by (\S+)|(a warning|old|of use)$", r.stdout + r.stderr, re.M) for r in (quiet, loud)]
+    quiet, loud = ({name or word for name, word in found} for found in said)
+    assert quiet == {"__main__", "rg.train", "a warning", "of use"}
+    assert loud >= quiet | {"matplotlib.category", "PIL"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_command_says_what_is_kept(number):
     command = [sys.executable, "-c", CODE, "run=x", "name=y"]
