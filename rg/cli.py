@@ -359,7 +359,8 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
     for kind in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
         warnings.filterwarnings("ignore", category=kind)
-    warnings.filterwarnings("ignore", message=".*deprecated|.*does not have many workers|.*exists and is not empty")
+    for words in ("deprecated", "does not have many workers", "exists and is not empty", "than the logging interval"):
+        warnings.filterwarnings("ignore", message=f".*{words}")
     os.environ.setdefault("WANDB_QUIET", "true")
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
