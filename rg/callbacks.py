@@ -57,14 +57,16 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
-        expected, found = content.pop("digest"), digest(content)
+        expected, found = content.pop("digest", None), digest(content)
     except Exception as error:  # a damaged file may fail anywhere inside its decoder
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{path}: expected a whole checkpoint of rg.train, found {type(error).__name__}: {reason}"
         ) from error
     if expected != found:
-        raise ValueError(f"{path}: expected content of digest {expected[:16]}, found {found[:16]}: it is damaged")
+        raise ValueError(
+            f"{path}: expected digest {str(expected)[:16]}, found {found[:16]}: damaged, or of an older version"
+        )
     return content
 
 

@@ -93,7 +93,7 @@ class Evaluation:
     def _claim_folder(self) -> None:
         weights = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in self.head.state_dict().values()))
         settings = OmegaConf.to_container(self.cfg, resolve=True)
-        settings = {key: settings[key] for key in settings if key not in ("resume", "run_dir", "batch_size")}
+        settings = {key: settings[key] for key in settings if key not in ("resume", "run_dir", "batch_size", "verbose")}
         text = json.dumps({"settings": settings, "head": weights.hexdigest()}, indent=1, sort_keys=True) + "\n"
         path = self.run_dir / "settings.json"
         if path.is_file() and path.read_text() != text and (self.run_dir / "samples").is_dir():

@@ -89,7 +89,7 @@ def per_image(name: str, texts: str | Sequence[str], images: int) -> list[str]:
 def check_sampling(backbone: DiffusionBackbone, sampling: DictConfig) -> dict[str, Any]:
     """The pipeline's own arguments of a command; raises ValueError for one that it does not take or of another type."""
     arguments = OmegaConf.to_container(sampling, resolve=True)
-    check_arguments(backbone.pipeline.__call__, arguments, "sampling", closed=True)
+    check_arguments(type(backbone.pipeline).__call__, arguments, "sampling", closed=True)
     return arguments
 
 
