@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from types import TracebackType
 from typing import Any
 
 _HOMES = {
@@ -31,6 +32,15 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOMES[name]), name)
 
 
+def _say_stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nstopped: nothing has begun", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if any(word.startswith(("rg.", "data_prep.", "experiments.")) for word in sys.orig_argv[2:3] if "-m" in sys.orig_argv):
+    sys.excepthook = _say_stopped  # a command is stopped while its libraries are loaded
 if {"-h", "--help"} & set(sys.orig_argv[1:]):
     # Here, before a command's module imports torch.
     from rg.cli import answer_help

@@ -1,14 +1,164 @@
-"""Images and charts of a training run, for W&B and as files."""
+"""What a training run leaves and shows: its checkpoints, its progress, images and charts, for W&B and as files."""
 
+import hashlib
+import logging
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from tqdm import tqdm
 
+from rg.cli import refresh_seconds
 from rg.heads.base import ReadoutHead
 from rg.io.figures import bar_chart, image_grid, save_figure
+from rg.io.files import atomic
+
+log = logging.getLogger(__name__)
+# The newest checkpoint of a run, and the one before.
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+def digest(content: Any) -> str:
+    """64 hexadecimal digits of what a checkpoint holds, the same after it was saved and loaded."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Mapping):
+            found.update(f"{len(value)} keys".encode())
+            for key in value:
+                add(key)
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            found.update(f"{len(value)} values".encode())
+            for part in value:
+                add(part)
+        elif isinstance(value, Tensor):
+            found.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            found.update(f"{type(value).__name__} {value!r}".encode())
+
+    add(content)
+    return found.hexdigest()
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """A checkpoint that `Checkpoints` wrote, and that is as it was written.
+
+    Raises:
+        ValueError: the file is damaged or not ours.
+    """
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+        expected, found = content.pop("digest", None), digest(content)
+    except Exception as error:  # a damaged file may fail anywhere inside its decoder
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path}: expected a whole checkpoint of rg.train, found {type(error).__name__}: {reason}"
+        ) from error
+    if expected != found:
+        raise ValueError(
+            f"{path}: expected digest {str(expected)[:16]}, found {found[:16]}: damaged, or of an older version"
+        )
+    return content
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run's folder, None where there is none yet; a damaged one is said.
+
+    Raises:
+        ValueError: there are checkpoints, and none is whole.
+    """
+    errors = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.is_file():
+            continue
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        for error in errors:
+            log.warning("%s; going on from %s", error, path)
+        return path
+    if errors:
+        raise ValueError(f"{'; '.join(errors)}: nothing to go on from, begin anew without resume=true")
+    return None
+
+
+class Checkpoints(TorchCheckpointIO):
+    """Checkpoints that carry a digest of themselves and are written whole or not at all; the one before is kept.
+
+    Whenever a run is killed, the newest or the one before is whole, and neither is ever replaced by a damaged one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        with atomic(path) as temporary:
+            torch.save({**checkpoint, "digest": digest(checkpoint)}, temporary)
+            if path.name == LAST and _is_whole(path):
+                with atomic(path.with_name(PREVIOUS)) as copy:
+                    shutil.copyfile(path, copy)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """As `read_checkpoint`; nothing is ever unpickled."""
+        return read_checkpoint(Path(path), map_location or "cpu")
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(read_checkpoint(path))
+    except ValueError:
+        return False
+
+
+class Progress(ProgressBar):
+    """One bar over all steps of a training.
+
+    Args:
+        refresh_rate: steps from one look at the loss, which a GPU has to be waited for, to the next.
+    """
+
+    def __init__(self, refresh_rate: int = 20) -> None:
+        super().__init__()
+        self.refresh_rate = refresh_rate
+        self.bar = tqdm(disable=True)
+
+    def on_train_start(self, trainer: Trainer, head: ReadoutHead) -> None:
+        total = trainer.max_steps if trainer.max_steps > 0 else None
+        self.bar = tqdm(
+            desc="training",
+            total=total,
+            initial=trainer.global_step,
+            mininterval=refresh_seconds(),
+            disable=not trainer.is_global_zero,
+        )
+
+    def on_train_batch_end(self, trainer: Trainer, head: ReadoutHead, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.refresh_rate == 0 or trainer.global_step == self.bar.total:
+            loss = trainer.callback_metrics.get("train/loss", torch.nan)
+            self.bar.set_postfix_str(f"loss {float(loss):.4f}", refresh=False)
+            self.bar.update(trainer.global_step - self.bar.n)
+
+    def teardown(self, trainer: Trainer, head: ReadoutHead, stage: str) -> None:
+        self.bar.close()
+
+
+class Wandb(WandbLogger):
+    """Lightning's logger, without the argument that W&B warns of."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._wandb_init.pop("anonymous", None)
 
 
 def finish_wandb(trainer: Trainer) -> None:

@@ -6,11 +6,14 @@ Nothing heavy is imported: `--help` and mistakes on the command line are answere
 import difflib
 import functools
 import hashlib
+import itertools
+import logging
 import os
 import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +41,10 @@ RENAMED = (
     ("edit", "weights=", "'terms=[{head: appearance, weight: 1.0}]'"),
     ("edit", "classes=", "'terms=[{head: my/head, class: module.Class}]'"),
 )
+# Settings that do not make another run: resume=true finds it whatever they are.
+SAME_RUN = r"verbose|batch_size|trainer\.(max_steps|max_time|check_val_every_n_epoch|log_every_n_steps)"
+# A run's name is a folder's and, with W&B, an id's.
+NAME = r"""(?!.*(^|/)\.{0,2}(/|$))[^:;,#?'"\\\s]+"""
 _chosen: dict[tuple[str, str], str] = {}
 
 
@@ -56,12 +63,25 @@ def command(config_name: str, stopped: str = "the same command goes on") -> Call
         def main() -> Any:
             import hydra
 
+            from rg.settings import check
+
+            @functools.wraps(function)
+            def job(cfg: DictConfig) -> Any:
+                check(cfg, added_names(sys.argv[1:]))
+                if not cfg.get("verbose"):
+                    quiet_libraries()
+                return function(cfg)
+
             main_of = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
             shown = os.environ.get("HYDRA_FULL_ERROR")
             os.environ["HYDRA_FULL_ERROR"] = "1"  # what Hydra would print is raised, and said in one line here
             try:
                 check_overrides(config_name, sys.argv[1:])
-                return main_of(one_line_errors(function, stopped, stack=shown == "1"))()
+                sys.argv[1:] = quote_texts(sys.argv[1:])
+                return main_of(one_line_errors(job, stopped, stack=shown == "1"))()
+            except KeyboardInterrupt:
+                print("\nstopped: nothing has begun", file=sys.stderr)
+                raise SystemExit(INTERRUPTED) from None
             except Exception as error:
                 if shown == "1" or not (_of_configuration(error) or isinstance(error, ValueError)):
                     raise
@@ -87,7 +107,6 @@ def one_line_errors(function: Callable[..., Any], stopped: str = "", stack: bool
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        quiet_libraries()
         own = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return function(*args, **kwargs)
@@ -115,6 +134,38 @@ def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
         return compose(config_name, list(overrides))
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(config_name, list(overrides))
+
+
+def added_names(words: Sequence[str]) -> list[str]:
+    """Dotted names of settings, not of choices of files, that words add to a configuration: +name=value."""
+    names = (word.lstrip("+").partition("=")[0] for word in words if word.startswith("+") and "=" in word)
+    return [name for name in names if not name.startswith("hydra") and not (CONF / name.split("@")[0]).is_dir()]
+
+
+def quote_texts(words: Sequence[str]) -> list[str]:
+    """The words with the values of texts, such as a prompt's, quoted where Hydra would read something else in them.
+
+    A value that is quoted already, a list or null stays; in a sweep commas part values.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    from rg.settings import is_text
+
+    def quoted(word: str) -> str:
+        key, given, value = word.partition("=")
+        if not given or key[0] in "-~" or not is_text(key.lstrip("+")):
+            return word
+        try:
+            override = OverridesParser.create().parse_override(word)
+            if not override.is_sweep_override() and isinstance(override.value(), str | list | None):
+                return word
+        except HydraException:
+            pass
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"{key}='{escaped}'"
+
+    return list(words) if {"-m", "--multirun"} & set(words) else [quoted(word) for word in words]
 
 
 def _of_configuration(error: BaseException) -> bool:
@@ -170,6 +221,8 @@ def explain(config_name: str, error: Exception, words: Sequence[str]) -> str:
         return f"{ambiguous[1]}: a value with commas is quoted twice: '{key}=\"{value}\"'; in brackets it is a list"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return f"{unknown[1]}: no such setting; {near(unknown[1], _settings(config_name, words))}"
+    if ours := re.search(r"^ValueError raised while resolving interpolation: (.*?) full_key: ", text):
+        return ours[1]
     if missing := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{missing[1]}: not given, expected {missing[1]}=..."
     if called := re.search(r"^Error in call to target '.*?\.?(\w+)': .*? full_key: (\S+)", text):
@@ -249,23 +302,29 @@ def run_folder(name: str, overrides: str, resume: bool | str, chosen: dict[tuple
 
     Args:
         name: of the runs, such as pose_100.
-        overrides: the run's own, as Hydra joins them.
+        overrides: the run's own, as Hydra joins them; those of SAME_RUN are not in the hash.
         resume: true, false or "unfinished".
         chosen: answers given so far in this process.
 
     Raises:
-        ValueError: another resume.
+        ValueError: another resume, or a name that is no folder's or no W&B id's.
     """
+    if not re.fullmatch(NAME, str(name)):
+        raise ValueError(f"name: expected what a folder and W&B can be called, such as pose_v2, got {name!r}")
     if resume not in (True, False, "unfinished"):
         raise ValueError(f"resume: expected true, false or unfinished, got {resume!r}")
     key = (name, overrides)
     if key not in chosen:
-        code = hashlib.sha256(overrides.encode()).hexdigest()[:8]
+        own = re.sub(rf"(^|,)\+*({SAME_RUN})=[^,]*", "", overrides).removeprefix(",")
+        code = hashlib.sha256(own.encode()).hexdigest()[:8]
         earlier = sorted((Path(OUTPUTS) / name).glob(f"*-{code}"))[-1:] if resume else []
         if resume == "unfinished":
             earlier = [folder for folder in earlier if not (folder / "results.json").exists()]
-        fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{code}"
-        chosen[key] = f"{name}/{earlier[0].name if earlier else fresh}"
+        if resume is True and not earlier:
+            print(f"resume: no run of these settings in {OUTPUTS}/{name}: a new one begins", file=sys.stderr)
+        begun = (f"{name}/{time.strftime('%Y%m%d-%H%M%S')}-{number}-{code}" for number in itertools.count(os.getpid()))
+        fresh = next(folder for folder in begun if folder not in chosen.values())  # a sweep's jobs have their own
+        chosen[key] = f"{name}/{earlier[0].name}" if earlier else fresh
     return chosen[key]
 
 
@@ -275,24 +334,42 @@ OmegaConf.register_new_resolver("run_id", lambda folder: "-".join(Path(folder).p
 
 
 def link_latest(run_dir: Path) -> None:
-    """Makes <run_dir>/../latest a link to run_dir, in one step; a real folder of that name is left alone."""
+    """Makes <run_dir>/../latest a link to run_dir, in one step; where that cannot be, it says so and leaves it."""
     link = run_dir.parent / "latest"
-    if link.is_dir() and not link.is_symlink():
-        print(f"{link} is a folder, not a link: it stays as it is", file=sys.stderr)
+    if link.exists() and not link.is_symlink():
+        print(f"{link} is no link: it stays as it is; the run is {run_dir}", file=sys.stderr)
         return
     temporary = run_dir.parent / f".latest-{os.getpid()}"
-    temporary.symlink_to(run_dir.name)
-    temporary.replace(link)
+    try:
+        temporary.symlink_to(run_dir.name)
+        temporary.replace(link)
+    except OSError as error:  # not every file system has links
+        print(f"{link} is not made, {error}; the run is {run_dir}", file=sys.stderr)
 
 
 def quiet_libraries() -> None:
-    """Keeps diffusers and transformers to errors: their bars and notices would drown the command's own lines."""
+    """Keeps libraries to warnings that are of use here: their notices would drown the command's own lines."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    logging.getLogger().setLevel(logging.WARNING)
+    for name in ("lightning", "lightning.fabric", "lightning.pytorch"):  # these have handlers of their own
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("rg", "data_prep", "experiments", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    for kind in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+        warnings.filterwarnings("ignore", category=kind)
+    for words in ("deprecated", "does not have many workers", "exists and is not empty", "than the logging interval"):
+        warnings.filterwarnings("ignore", message=f".*{words}")
+    os.environ.setdefault("WANDB_QUIET", "true")
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
+
+
+def refresh_seconds() -> float:
+    """How often a progress bar is drawn: a log file, which nobody watches, gets one state a minute."""
+    return 0.1 if sys.stderr.isatty() else 60.0
 
 
 def load_configured_head(choice: DictConfig, family: str) -> "ReadoutHead":

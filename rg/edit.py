@@ -1,6 +1,7 @@
 """Images after a reference image: python -m rg.edit +experiment=variation (Luo et al., 2024, section 4)"""
 
 import logging
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.backbone.inversion import invert
 from rg.cli import command, link_latest
-from rg.generation import generate, image_seeds, set_scheduler
+from rg.generation import check_sampling, crop_box, generate, image_seeds, image_size, set_scheduler, show_progress
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.step import StepTrace
 from rg.guidance.targets import ReferenceTarget
@@ -24,7 +25,7 @@ from rg.heads.correspondence import CorrespondenceHead
 from rg.heads.relative import RelativeHead, pick
 from rg.io.figures import image_grid, save_figure
 from rg.io.images import from_bytes, load_control, pixels, save_image
-from rg.points import Size, box_cells, cells, inside
+from rg.points import Size, box_cells, cells, inside, rescale
 
 log = logging.getLogger(__name__)
 
@@ -71,39 +72,67 @@ def load_heads(cfg: DictConfig, backbone: DiffusionBackbone) -> list[tuple[Relat
     return heads
 
 
-def parse_drag(rows: Any, image_size: Size) -> Tensor | None:
-    """The points (n, 2, 2) of a drag, (x, y) from and to, in pixels of an image of image_size (height, width).
+@dataclass(frozen=True)
+class Frame:
+    """The part of an image of `given` (height, width) that is seen, of the shape of the images of `made` pixels."""
+
+    given: Size
+    made: Size
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom in pixels of the given image, the last two exclusive."""
+        return crop_box(self.given, self.made)
+
+    @property
+    def size(self) -> Size:
+        """(height, width) of the box."""
+        left, top, right, bottom = self.box
+        return bottom - top, right - left
+
+    def __str__(self) -> str:
+        seen = "" if self.size == self.given else f" in {list(self.box)}, the centre that is used,"
+        return f"inside {self.given[1]}x{self.given[0]} pixels{seen}"
+
+
+def parse_drag(rows: Any, frame: Frame) -> Tensor | None:
+    """The points (n, 2, 2) of a drag, (x, y) from and to, in pixels of the images that are made.
+
+    Args:
+        rows: the points in pixels of the image that was given.
 
     Raises:
-        ValueError: rows are no lists of 4 numbers, or leave the image.
+        ValueError: rows are no lists of 4 numbers, or leave the part of the image that is seen.
     """
     if rows is None:
         return None
     points = _numbers("drag", rows, "a list of [from x, from y, to x, to y]").unflatten(1, (2, 2))
-    if not inside(points, image_size).all():
-        raise ValueError(f"drag: expected places inside {image_size[1]}x{image_size[0]} pixels, got {rows}")
-    return points
+    seen = points - torch.tensor(frame.box[:2])
+    if not inside(seen, frame.size).all():
+        raise ValueError(f"drag: expected places {frame}, got {rows}")
+    return rescale(seen, frame.size, frame.made)
 
 
-def parse_boxes(rows: Any, image_size: Size) -> Tensor | None:
-    """The boxes (2, 4) of the reference and of the new images: left, top, right and bottom, the last two exclusive.
+def parse_boxes(rows: Any, frame: Frame) -> Tensor | None:
+    """The boxes (2, 4) of the reference and of the new images, in pixels of the images that are made.
+
+    Args:
+        rows: left, top, right and bottom, the last two exclusive, in pixels of the image that was given.
 
     Raises:
-        ValueError: rows are not two lists of 4 numbers, have no area, or leave an image of image_size (height, width).
+        ValueError: rows are not two lists of 4 numbers, have no area, or leave the part of the image that is seen.
     """
     if rows is None:
         return None
     boxes = _numbers("boxes", rows, "2 lists of [left, top, right, bottom]")
-    corners = boxes.unflatten(1, (2, 2))
     if len(boxes) != 2:
         raise ValueError(f"boxes: expected 2 lists of [left, top, right, bottom], got {rows}")
-    within = inside(corners - torch.tensor([[0.0], [1.0]]), image_size).all()
+    corners = boxes.unflatten(1, (2, 2)) - torch.tensor(frame.box[:2])
+    within = inside(corners - torch.tensor([[0.0], [1.0]]), frame.size).all()
     if not within or (corners[:, 0] >= corners[:, 1]).any():
-        raise ValueError(
-            f"boxes: expected places inside {image_size[1]}x{image_size[0]} pixels, left of and above their ends, "
-            f"got {rows}"
-        )
-    return boxes
+        raise ValueError(f"boxes: expected places {frame} left of and above their ends, got {rows}")
+    scale = torch.tensor([frame.made[1] / frame.size[1], frame.made[0] / frame.size[0]])
+    return (corners * scale).flatten(1)
 
 
 def _numbers(name: str, rows: Any, expected: str) -> Tensor:
@@ -151,38 +180,49 @@ class Edit:
             raise ValueError(f"images: expected at least 1, got {cfg.images}")
         if cfg.noise not in ("new", "reference"):
             raise ValueError(f"noise: expected new or reference, got {cfg.noise}")
-        self.cfg, self.run_dir = cfg, run_dir
+        self.cfg, self.run_dir, self.prompt = cfg, run_dir, cfg.prompt or ""
         self.trace: list[StepTrace] = []
         self.backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
         self.heads = load_heads(cfg, self.backbone)
-        self.drag = parse_drag(cfg.drag, self.backbone.resolution)
-        self.boxes = parse_boxes(cfg.boxes, self.backbone.resolution)
+        self.sampling = check_sampling(self.backbone, cfg.sampling)
+        self.size = image_size(self.backbone, cfg.sampling)
+        self.image = None if cfg.reference is None else self.read_reference()
+        frame = Frame(self.size if self.image is None else (self.image.height, self.image.width), self.size)
+        self.drag = parse_drag(cfg.drag, frame)
+        self.boxes = parse_boxes(cfg.boxes, frame)
+        if frame.size != frame.made:
+            log.info("reference: %s: %s, resized to %dx%d", cfg.reference, frame, self.size[1], self.size[0])
         set_scheduler(self.backbone.pipeline, cfg.scheduler)
-        self.backbone.pipeline.set_progress_bar_config(disable=False)
 
-    def reference_noise(self) -> Tensor:
-        """Noise (1, C, h, w) from which the reference is sampled: an image's, by inversion, or that of the seed.
+    def read_reference(self) -> Image.Image:
+        """The image that `cfg.reference` names, as it is.
 
         Raises:
-            FileNotFoundError, ValueError: the image is missing or cannot be read, or the scheduler cannot invert it.
+            FileNotFoundError, ValueError: it is missing or cannot be read, or the scheduler cannot invert it.
         """
-        cfg, backbone = self.cfg, self.backbone
-        if cfg.reference is None:
-            generator = torch.Generator("cpu").manual_seed(image_seeds(cfg.seed, [0])[0])
-            noise = torch.randn((1, backbone.latent_channels, *backbone.latent_size), generator=generator)
-            return noise.to(backbone.device, backbone.denoiser.dtype)
+        cfg = self.cfg
         if cfg.scheduler != "ddim" or cfg.sampling.eta:
             raise ValueError(
                 f"reference: expected scheduler=ddim and sampling.eta=0, which can be inverted, got {cfg.scheduler} "
                 f"and {cfg.sampling.eta}"
             )
-        image = load_control(cfg.reference, backbone.resolution)
+        image = load_control(cfg.reference, self.size)
         if not isinstance(image, Image.Image):
             raise ValueError(f"reference={cfg.reference}: expected an image, found keypoints")
-        height, width = backbone.resolution
-        square = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-        latents = backbone.encode(from_bytes(pixels(square)[None]))[0]
-        return invert(backbone, latents, num_inference_steps=cfg.sampling.num_inference_steps, prompt=cfg.prompt)
+        return image
+
+    def reference_noise(self) -> Tensor:
+        """Noise (1, C, h, w) from which the reference is sampled: an image's, by inversion, or that of the seed."""
+        cfg, backbone = self.cfg, self.backbone
+        if self.image is None:
+            generator = torch.Generator("cpu").manual_seed(image_seeds(cfg.seed, [0])[0])
+            side = backbone.pipeline.vae_scale_factor
+            shape = (1, backbone.latent_channels, self.size[0] // side, self.size[1] // side)
+            return torch.randn(shape, generator=generator).to(backbone.device, backbone.denoiser.dtype)
+        height, width = self.size
+        part = ImageOps.fit(self.image, (width, height), Image.Resampling.LANCZOS)
+        latents = backbone.encode(from_bytes(pixels(part)[None]))[0]
+        return invert(backbone, latents, num_inference_steps=cfg.sampling.num_inference_steps, prompt=self.prompt)
 
     def terms(self, noise: Tensor) -> list[GuidanceTerm]:
         """The energies of all heads, on the grid of the readouts that latents like `noise` give."""
@@ -195,7 +235,7 @@ class Edit:
                 weight,
                 self.drag,
                 self.boxes,
-                backbone.resolution,
+                self.size,
                 (grid[0] * head.hparams.output_scale, grid[1] * head.hparams.output_scale),
             )
             for head, weight in self.heads
@@ -203,13 +243,16 @@ class Edit:
 
     def reference(self, noise: Tensor, guidance: ReadoutGuidance) -> Tensor:
         """The reference (1, 3, H, W) in [-1, 1], sampled from its noise while guidance records its readouts."""
-        arguments = dict(self.cfg.sampling)
-        if self.cfg.reference is not None:
-            # An inverted image comes back without text guidance alone.
-            arguments["guidance_scale"] = 1.0
+        arguments = dict(self.sampling)
+        if self.image is not None:
+            # An inverted image comes back without text guidance alone, and both branches run with a little of it.
+            arguments["guidance_scale"] = 1.0001 if guidance.branch == "both" else 1.0
+        if not isinstance(arguments.get("negative_prompt"), str):  # a list is of the new images
+            arguments.pop("negative_prompt", None)
+        show_progress(self.backbone.pipeline, "reference")
         with guidance.record(self.backbone.pipeline):
             seeds = image_seeds(self.cfg.seed, [0])
-            return generate(self.backbone.pipeline, [self.cfg.prompt], seeds=seeds, latents=noise, **arguments)
+            return generate(self.backbone.pipeline, [self.prompt], seeds=seeds, latents=noise, **arguments)
 
     def run(self) -> Tensor:
         """Writes everything; returns the new images (B, 3, H, W) in [-1, 1]."""
@@ -217,11 +260,13 @@ class Edit:
         noise = self.reference_noise()
         guidance: ReadoutGuidance = instantiate(cfg.guidance)(terms=self.terms(noise))
         reference = self.reference(noise, guidance)
-        arguments: dict[str, Any] = {"seeds": image_seeds(cfg.seed, range(1, 1 + cfg.images)), **cfg.sampling}
+        arguments = {"seeds": image_seeds(cfg.seed, range(1, 1 + cfg.images)), **self.sampling}
         if cfg.noise == "reference":
             arguments["latents"] = noise.expand(cfg.images, -1, -1, -1)
-        prompts = [cfg.prompt if cfg.edit_prompt is None else cfg.edit_prompt] * cfg.images
+        prompts = [self.prompt if cfg.edit_prompt is None else cfg.edit_prompt] * cfg.images
+        show_progress(pipe, "unguided")
         unguided = generate(pipe, prompts, **arguments)
+        show_progress(pipe, "guided")
         guided = generate(pipe, prompts, guidance=guidance, **arguments)
         self.write({"reference": reference.expand(cfg.images, -1, -1, -1), "unguided": unguided, "guided": guided})
         self.trace = guidance.trace

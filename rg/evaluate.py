@@ -6,6 +6,7 @@ import logging
 import shlex
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,17 @@ from torch.utils.data import default_collate
 
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import command, link_latest, load_configured_head
-from rg.data.samples import Samples
+from rg.data.samples import Groups, Samples
 from rg.data.shards import read_shards
 from rg.detectors.keypoints import Detection, KeypointDetector
-from rg.generation import generate, image_seeds, set_scheduler
+from rg.generation import check_sampling, generate, image_seeds, image_size, per_image, set_scheduler
 from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
 from rg.io.figures import image_grid, save_figure
 from rg.io.files import write_json, write_text
 from rg.io.images import from_bytes, open_image, pixels, save_image
-from rg.metrics.keypoints import check_alphas
+from rg.metrics.keypoints import box_side, check_alphas
 from rg.points import draw_skeletons
 from rg.report import CONDITIONS, distances_to, headline, score_images, summarise, table
 
@@ -44,6 +45,24 @@ def check_settings(cfg: DictConfig) -> None:
             raise ValueError(f"{name}: expected at least 1, got {cfg[name]}")
 
 
+def measurable(samples: Samples | Groups) -> Samples:
+    """The samples that keypoints can be measured on: those of a person with two visible ones, which have a distance.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(samples, Samples):
+        raise ValueError("data: expected images with keypoints, such as data=pose, found groups of images")
+    people = samples.keypoints.flatten(0, 1)
+    kept = (box_side(people[..., :2], people[..., 2] > 0) > 0).view(len(samples), -1).any(1)
+    if not kept.any():
+        raise ValueError(f"data: expected images with a person to measure, found none in {len(samples)} images")
+    rows = kept.nonzero().flatten().tolist()
+    chosen = {field.name: getattr(samples, field.name) for field in fields(samples)}
+    chosen = {key: [v[i] for i in rows] if isinstance(v, list) else v[rows] for key, v in chosen.items()}
+    return Samples(**chosen)
+
+
 class Evaluation:
     """Samples and scores the held-out poses, a file per image: a broken-off run goes on where it stopped."""
 
@@ -56,15 +75,25 @@ class Evaluation:
         self.head.to(self.backbone.device)
         self.detector: KeypointDetector = instantiate(cfg.world.detector)
         set_scheduler(self.backbone.pipeline, cfg.scheduler)
+        self.sampling = check_sampling(self.backbone, cfg.sampling)
+        made, seen = image_size(self.backbone, cfg.sampling), self.backbone.resolution
+        if made != seen:
+            raise ValueError(f"sampling.height, sampling.width: expected {seen}, as the detector does, got {made}")
+        # A bad setting of guidance is said before any image is made.
+        instantiate(cfg.guidance)(terms=[GuidanceTerm(self.head)])
         instantiate(cfg.data.builder)(split=cfg.split, n=cfg.images)
         folder = Path(cfg.data.root) / cfg.split
-        self.samples: Samples = read_shards(folder, cfg.images, autoencoder_id=self.backbone.autoencoder_id)
+        found = read_shards(folder, cfg.images, autoencoder_id=self.backbone.autoencoder_id)
+        self.samples = measurable(found)
+        self.left_out = len(found) - len(self.samples)
+        if self.left_out:
+            log.info("%d of %d images show nobody to measure and are left out", self.left_out, len(found))
         self._claim_folder()
 
     def _claim_folder(self) -> None:
         weights = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in self.head.state_dict().values()))
         settings = OmegaConf.to_container(self.cfg, resolve=True)
-        settings = {key: settings[key] for key in settings if key not in ("resume", "run_dir", "batch_size")}
+        settings = {key: settings[key] for key in settings if key not in ("resume", "run_dir", "batch_size", "verbose")}
         text = json.dumps({"settings": settings, "head": weights.hexdigest()}, indent=1, sort_keys=True) + "\n"
         path = self.run_dir / "settings.json"
         if path.is_file() and path.read_text() != text and (self.run_dir / "samples").is_dir():
@@ -90,6 +119,7 @@ class Evaluation:
         results = summarise(records, self.cfg.alphas)
         images = {condition: self.images(condition) for condition in CONDITIONS}
         renders = torch.stack([sample["image"] for sample in self.samples])
+        results["left_out"] = self.left_out
         results["kernel_distance"] = distances_to(renders, images, self.detector)
         results["seconds"] = {c: sum(r["seconds"][c] for r in records) for c in ("unguided", "guided")}
         results["command"] = shlex.join(["python", "-m", "rg.evaluate", *sys.argv[1:]])
@@ -106,14 +136,19 @@ class Evaluation:
         guidance = instantiate(self.cfg.guidance)(terms=[GuidanceTerm(self.head, FixedTarget(control))])
         # Another image's prompt: what it says must not give the pose away.
         prompts = [self.samples.prompt[(i + len(self.samples) // 2) % len(self.samples)] for i in positions]
-        arguments = {"seeds": image_seeds(self.cfg.seed, positions), **self.cfg.sampling}
+        arguments = {"seeds": image_seeds(self.cfg.seed, positions), **self.sampling}
+        if arguments.get("negative_prompt") is not None:
+            texts = per_image("sampling.negative_prompt", arguments["negative_prompt"], len(self.samples))
+            arguments["negative_prompt"] = [texts[i] for i in positions]
         made, seconds = {}, {}
         for condition, steering in (("unguided", None), ("guided", guidance)):
             begin = time.perf_counter()
             made[condition] = generate(self.backbone.pipeline, prompts, guidance=steering, **arguments)
             seconds[condition] = (time.perf_counter() - begin) / len(positions)
         made["ceiling"] = self.backbone.decode(torch.stack([sample["latent_mean"] for sample in batch])).cpu()
-        readouts = self.head.preview(guidance.trace[-1].readouts[0]).cpu() if guidance.trace else None
+        readouts = None
+        if guidance.trace and guidance.trace[-1].readouts:  # none without guidance.keep_readouts
+            readouts = self.head.preview(guidance.trace[-1].readouts[0]).cpu()
         # One condition at a time, as the last bits of what is detected depend on how many images there are.
         found = [self.detector.detect(images, keypoints.shape[1]) for images in made.values()]
         together = Detection(*(torch.cat(values) for values in zip(*found, strict=True)))

@@ -1,15 +1,23 @@
 """Images from a pipeline, guided or not, and the controls that guide them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import cv2
 import diffusers
+import numpy as np
 import torch
 from diffusers import SchedulerMixin
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 from torch import Tensor
 
+from rg.backbone.diffusion import DiffusionBackbone
+from rg.cli import refresh_seconds
 from rg.guidance.guidance import ReadoutGuidance
+from rg.points import Size
+from rg.settings import check_arguments
 
 # Names on the command line, as in the literature.
 SCHEDULERS = {
@@ -57,9 +65,61 @@ def generate(
     Args:
         pipe: any diffusers text-to-image pipeline.
         guidance: steers the sampling; None samples plainly.
-        arguments: the pipeline's own, such as num_inference_steps and guidance_scale.
+        arguments: the pipeline's own, such as num_inference_steps and guidance_scale; one negative_prompt is for all
+            images, a list has one for each.
+
+    Raises:
+        ValueError: another number of negative prompts than of images.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    if arguments.get("negative_prompt") is not None:
+        arguments["negative_prompt"] = per_image("negative_prompt", arguments["negative_prompt"], len(prompts))
     with guidance.attach(pipe) if guidance is not None else nullcontext():
         images = pipe(list(prompts), generator=generators, output_type="pt", **arguments).images
     return images.cpu().float() * 2 - 1
+
+
+def show_progress(pipe: Any, what: str) -> None:
+    """Gives the pipeline's own progress bar a name, and few refreshes where nobody watches."""
+    pipe.set_progress_bar_config(disable=False, desc=what, mininterval=refresh_seconds())
+
+
+def per_image(name: str, texts: str | Sequence[str], images: int) -> list[str]:
+    """One text for each image, of one for all or as many as there are images; raises ValueError for another number."""
+    texts = [texts] * images if isinstance(texts, str) else list(texts)
+    if len(texts) != images:
+        raise ValueError(f"{name}: expected one text, or a list of {images}, one per image, got {len(texts)}: {texts}")
+    return texts
+
+
+def check_sampling(backbone: DiffusionBackbone, sampling: DictConfig) -> dict[str, Any]:
+    """The pipeline's own arguments of a command; raises ValueError for one that it does not take or of another type."""
+    arguments = OmegaConf.to_container(sampling, resolve=True)
+    check_arguments(type(backbone.pipeline).__call__, arguments, "sampling", closed=True)
+    return arguments
+
+
+def image_size(backbone: DiffusionBackbone, sampling: Mapping[str, Any]) -> Size:
+    """(height, width) of the images that a pipeline makes: as its arguments say, else the backbone's own."""
+    height, width = backbone.resolution
+    return sampling.get("height") or height, sampling.get("width") or width
+
+
+def crop_box(size: Size, target: Size) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom, in whole pixels, of the largest centred part of an image of `size` that has the
+    shape of `target`; for a square it is data_prep's."""
+    height, width = size
+    if width * target[0] > height * target[1]:
+        width = max(round(height * target[1] / target[0]), 1)
+    else:
+        height = max(round(width * target[0] / target[1]), 1)
+    left, top = (size[1] - width) // 2, (size[0] - height) // 2
+    return left, top, left + width, top + height
+
+
+def fit_image(image: Image.Image, target: Size) -> Image.Image:
+    """The centre of an image, resized by area to `target` (height, width), as preparation does with labels."""
+    if (image.height, image.width) == target:
+        return image
+    part = np.asarray(image.crop(crop_box((image.height, image.width), target)))
+    return Image.fromarray(cv2.resize(part, target[::-1], interpolation=cv2.INTER_AREA))

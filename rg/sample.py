@@ -3,21 +3,25 @@
 import logging
 from pathlib import Path
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.data import default_collate
 
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import command, link_latest, load_configured_head
 from rg.data.shards import read_shards
-from rg.generation import generate, image_seeds, set_scheduler
+from rg.generation import check_sampling, fit_image, generate, image_seeds, image_size, set_scheduler, show_progress
 from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
 from rg.io.figures import image_grid, save_figure
 from rg.io.images import load_control, save_image
+from rg.points import Size, rescale
 
 log = logging.getLogger(__name__)
 
@@ -25,19 +29,36 @@ log = logging.getLogger(__name__)
 def read_controls(cfg: DictConfig, backbone: DiffusionBackbone, head: ReadoutHead) -> tuple[FixedTarget, list[str]]:
     """The control file that `cfg.control` names, else the labels of held-out images; and a prompt for each image.
 
+    Both are moved to the size of the images that `cfg.sampling` asks for.
+
     Raises:
         ValueError: the head cannot take such a control.
     """
+    size = image_size(backbone, cfg.sampling)
     if cfg.control is not None:
-        target, prompts = FixedTarget(load_control(cfg.control, backbone.resolution)), [cfg.prompt or ""] * cfg.images
+        control = load_control(cfg.control, size)
+        if isinstance(control, Image.Image) and (control.height, control.width) != size:
+            found, control = f"{control.width}x{control.height}", fit_image(control, size)
+            log.info("control: %s is %s: its centre, resized to %dx%d", cfg.control, found, size[1], size[0])
+        target, prompts = FixedTarget(control), [cfg.prompt or ""] * cfg.images
     else:
         instantiate(cfg.data.builder)(split="test", n=cfg.pose + cfg.images)
         samples = read_shards(Path(cfg.data.root) / "test", cfg.pose + cfg.images)
         batch = default_collate([samples[i] for i in range(cfg.pose, len(samples))])
-        target, prompts = FixedTarget(head.control(batch)), [cfg.prompt or prompt for prompt in batch["prompt"]]
+        target = FixedTarget(resized(head.control(batch), tuple(batch["image"].shape[-2:]), size))
+        prompts = batch["prompt"] if cfg.prompt is None else [cfg.prompt] * cfg.images
     # What does not fit is refused here, not at the first guided step; the size of the readout does not matter.
-    head.encode_target(target.control, readout_size=(8, 8), image_size=backbone.resolution)
+    head.encode_target(target.control, readout_size=(8, 8), image_size=size)
     return target, prompts
+
+
+def resized(control: Tensor, from_size: Size, to_size: Size) -> Tensor:
+    """Images (B, 3, H, W) or keypoints (B, P, 18, 3) of images of `from_size`, for images of `to_size`."""
+    if from_size == to_size:
+        return control
+    if control.shape[-2:] == from_size:
+        return interpolate(control, to_size, mode="area")
+    return torch.cat([rescale(control[..., :2], from_size, to_size), control[..., 2:]], -1)
 
 
 def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
@@ -49,17 +70,19 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
     head.check_taps(backbone.tap_channels, backbone.time_embed_dim, backbone.condition_dim)
     head.to(backbone.device)
     set_scheduler(backbone.pipeline, cfg.scheduler)
+    arguments = {"seeds": image_seeds(cfg.seed, range(cfg.images)), **check_sampling(backbone, cfg.sampling)}
+    instantiate(cfg.guidance)(terms=[GuidanceTerm(head)])  # a bad setting is said before labels are made
     target, prompts = read_controls(cfg, backbone, head)
     guidance = instantiate(cfg.guidance)(terms=[GuidanceTerm(head, target)])
-    backbone.pipeline.set_progress_bar_config(disable=False)
-    arguments = {"seeds": image_seeds(cfg.seed, range(cfg.images)), **cfg.sampling}
+    show_progress(backbone.pipeline, "unguided")
     unguided = generate(backbone.pipeline, prompts, **arguments)
+    show_progress(backbone.pipeline, "guided")
     guided = generate(backbone.pipeline, prompts, guidance=guidance, **arguments)
-    readouts = guidance.trace[-1].readouts[0] if guidance.trace else None
     rows = {"unguided": (unguided + 1) / 2, "guided": (guided + 1) / 2}
-    if readouts is not None:
+    if guidance.trace and guidance.trace[-1].readouts:  # none without guidance.keep_readouts
+        readouts = guidance.trace[-1].readouts[0]
         size = (readouts.shape[-2], readouts.shape[-1])
-        wanted = target.encode(head, readout_size=size, image_size=backbone.resolution, device=readouts.device)
+        wanted = target.encode(head, readout_size=size, image_size=tuple(guided.shape[-2:]), device=readouts.device)
         rows = {"control": head.preview(wanted), **rows, "readout": head.preview(readouts)}
     for number, image in enumerate(guided):
         save_image(image, run_dir / f"{number:05d}.png")

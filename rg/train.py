@@ -9,7 +9,7 @@ from lightning import seed_everything
 from omegaconf import DictConfig
 
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.callbacks import finish_wandb
+from rg.callbacks import LAST, finish_wandb, newest_checkpoint
 from rg.cli import command, link_latest
 from rg.heads.base import ReadoutHead
 
@@ -17,7 +17,12 @@ log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
-    """Trains the head that `cfg` describes and leaves it in <run_dir>/head; continues a checkpoint found there."""
+    """Trains the head that `cfg` describes and leaves it in <run_dir>/head; continues a checkpoint found there.
+
+    Raises:
+        ValueError: every checkpoint there is damaged.
+    """
+    checkpoint = newest_checkpoint(run_dir / "checkpoints")
     seed_everything(cfg.seed, workers=True, verbose=False)
     backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
     widths = {name: getattr(backbone, name) for name in ("tap_channels", "time_embed_dim", "condition_dim")}
@@ -26,11 +31,10 @@ def train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
     data = instantiate(cfg.data, autoencoder_id=backbone.autoencoder_id)
     trainer = instantiate(cfg.trainer, logger=list(instantiate(cfg.logger).values()))
     backbone.to(trainer.strategy.root_device)
-    checkpoint = run_dir / "checkpoints" / "last.ckpt"
-    if checkpoint.is_file():
+    if checkpoint is not None:
         log.info("resuming %s", checkpoint)
     try:
-        trainer.fit(head, data, ckpt_path=str(checkpoint) if checkpoint.is_file() else None, weights_only=True)
+        trainer.fit(head, data, ckpt_path=checkpoint, weights_only=True)
         if trainer.global_step % (data.epoch_batches * (trainer.check_val_every_n_epoch or 1)):
             trainer.validate(head, data, verbose=False)  # the last steps are not left without a score
     except SystemExit:
@@ -39,7 +43,7 @@ def train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
         raise
     finally:
         finish_wandb(trainer)
-    trainer.save_checkpoint(checkpoint, weights_only=False)
+    trainer.save_checkpoint(run_dir / "checkpoints" / LAST, weights_only=False)
     if trainer.is_global_zero:
         head.save_pretrained(run_dir / "head")
         link_latest(run_dir)

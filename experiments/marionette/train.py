@@ -129,7 +129,8 @@ def run_command(stage: str, settings: dict[str, Any]) -> Outcome:
         module.run(config, shlex.join(["python", "-m", path, *overrides]))
         return "done"
     autoencoder = fingerprint(locate(config["backbone"]) / "vae")
-    identity = config | {"autoencoder": autoencoder, "world": world_id(config["seed"])}
+    own = {key: value for key, value in config.items() if key != "verbose"}
+    identity = own | {"autoencoder": autoencoder, "world": world_id(config["seed"])}
     note = Path(settings["folder"]) / stage / NOTES[stage]
     if settings["stage"] == "all" and is_done(note, identity):
         return "done before"

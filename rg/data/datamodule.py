@@ -1,5 +1,6 @@
 """Labelled images for training: an endless reshuffled order that resumes exactly, and the DataModule."""
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,17 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from rg.data.samples import Batch, Groups, Samples
-from rg.data.shards import read_shards
+from rg.data.samples import Batch, DataError, Groups, Samples
+from rg.data.shards import Manifest, read_shards
+
+log = logging.getLogger(__name__)
 
 
 class ShuffledEpochs(Dataset[Batch]):
     """Epoch after epoch of n samples, each in an order of its own: position p is in epoch p // n."""
 
-    def __init__(self, *, samples: Samples | Groups, seed: int) -> None:
+    def __init__(self, *, samples: Dataset[Batch], seed: int) -> None:
         self.samples = samples
         self.seed = seed
         self._order = (-1, np.empty(0, dtype=np.int64))
@@ -63,13 +66,30 @@ class ResumableSampler(DistributedSampler[Batch]):
         self.given = state["given"]
 
 
+def hold_out(samples: Samples | Groups, folder: Path) -> tuple[Subset[Batch], Subset[Batch]]:
+    """Training and held-out images of a set that has none held out: a tenth of it is, at least one.
+
+    Raises:
+        DataError: there are fewer than two.
+    """
+    count = len(samples)
+    if count < 2:
+        raise DataError(
+            f"{folder}: expected at least 2 images, one of them to validate with, found {count}: add images, or take "
+            "fewer for tests, pictures.test_share=0"
+        )
+    places = np.random.default_rng(0).permutation(count).tolist()
+    held_out = max(count // 10, 1)
+    return Subset(samples, sorted(places[held_out:])), Subset(samples, sorted(places[:held_out]))
+
+
 class ReadoutDataModule(LightningDataModule):
     """The training and held-out images of one head.
 
     Args:
         root: folder that holds one folder per split.
         size: number of training images; None takes all.
-        val_size: number of held-out images; None takes all.
+        val_size: number of held-out images; None takes all, and where there is none a tenth of the training images.
         batch_size: images, or groups of them, per batch and rank.
         epoch_batches: training batches per epoch and rank.
         seed: of the subset (with `available`) and of the order.
@@ -108,15 +128,37 @@ class ReadoutDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Makes missing shards with the builder, which does nothing where all is there and refuses other settings."""
         if self.builder is not None:
-            for split, n in (("train", self.available or self.size), ("val", self.val_size)):
-                self.builder(split=split, n=n)
+            self.builder(split="train", n=self.available or self.size)
+            try:
+                self.builder(split="val", n=self.val_size)
+            except DataError:
+                # A small folder may deal validation no image, and then nothing is begun.
+                if self.val_size is not None or (self.root / "val" / "manifest.json").is_file():
+                    raise
 
     def setup(self, stage: str) -> None:
-        """Reads the splits that the stage needs into memory; raises DataError, see `read_shards`."""
-        if stage == "fit":
+        """Reads the splits that the stage needs into memory, and says what was dealt.
+
+        Raises:
+            DataError: see `read_shards` and `hold_out`.
+        """
+        held_out = self.val_size is not None or self._has_validation()
+        if stage == "fit" or not held_out:
             chosen = {"size": self.size, "available": self.available, "seed": self.seed}
             self.train_set = read_shards(self.root / "train", autoencoder_id=self.autoencoder_id, **chosen)
-        self.val_set = read_shards(self.root / "val", self.val_size, autoencoder_id=self.autoencoder_id)
+        if held_out:
+            self.val_set = read_shards(self.root / "val", self.val_size, autoencoder_id=self.autoencoder_id)
+        else:
+            self.train_set, self.val_set = hold_out(self.train_set, self.root / "train")
+        if stage == "fit":
+            own = "" if held_out else ", taken from the training images as the folder deals none"
+            log.info("%s: %d to train, %d to validate%s", self.root, len(self.train_set), len(self.val_set), own)
+
+    def _has_validation(self) -> bool:
+        folder = self.root / "val"
+        if self.builder is None or (folder / "manifest.json").is_file():
+            return bool(Manifest.read(folder).indices())
+        return False
 
     def train_dataloader(self) -> StatefulDataLoader:
         """`epoch_batches` batches per epoch and rank; resumes in the middle of an epoch exactly."""

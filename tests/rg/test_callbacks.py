@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from lightning import Trainer
@@ -5,7 +6,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.callbacks import MixingWeights, ReadoutImages
+from rg.callbacks import Checkpoints, MixingWeights, Progress, ReadoutImages, digest, newest_checkpoint, read_checkpoint
 from rg.heads.spatial import SpatialHead
 from rg.io.figures import image_grid, save_figure
 
@@ -25,7 +26,7 @@ def make_batch(count):
 
 
 @pytest.mark.parametrize("variant", ["rgb", "keypoints"])
-def test_a_fit_leaves_images_and_mixing_weights(tiny_pipeline, tmp_path, variant):
+def test_a_fit_leaves_images_and_mixing_weights(tiny_pipeline, tmp_path, variant, capsys):
     backbone = DiffusionBackbone(tiny_pipeline())
     widths = {"tap_channels": backbone.tap_channels, "time_embed_dim": backbone.time_embed_dim}
     head = SpatialHead(**widths, variant=variant, projection_dim=16, norm_groups=2, val_timesteps=[50, 600])
@@ -36,16 +37,17 @@ def test_a_fit_leaves_images_and_mixing_weights(tiny_pipeline, tmp_path, variant
         max_steps=4,
         check_val_every_n_epoch=1,
         num_sanity_val_steps=0,
-        callbacks=[images, weights],
+        callbacks=[images, weights, Progress()],
         logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
         default_root_dir=tmp_path,
         inference_mode=False,
     )
     trainer.fit(
         head, DataLoader([make_batch(3)] * 2, batch_size=None), DataLoader([make_batch(3)] * 2, batch_size=None)
     )
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "4/4" in shown and "loss 0." in shown, "one bar, without a line for each refresh"
     expected = {f"{name}-{step:06d}.png" for name in ("readouts", "mixing_weights") for step in (2, 4)}
     assert {path.name for path in tmp_path.iterdir()} == expected
     assert len(images.batch["image"]) == len(images.batch["prompt"]) == 2
@@ -71,3 +73,72 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["figure.png"]
     with Image.open(tmp_path / "new" / "figure.png") as image:
         image.verify()
+
+
+def make_checkpoint(step):
+    tensors = {
+        "weight": torch.randn(3, 4),
+        "none": torch.zeros(0),
+        "half": torch.ones(2).half(),
+        "on": torch.tensor(True),
+    }
+    return {"global_step": step, "state_dict": tensors, "loops": {"done": (1, 2.5, None, "x")}, "lrs": [1e-3]}
+
+
+def save(folder, *steps):
+    for step in steps:
+        Checkpoints().save_checkpoint(make_checkpoint(step), folder / "last.ckpt")
+
+
+def test_the_newest_checkpoint_and_the_one_before_are_kept(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    save(tmp_path, 1, 2, 3)
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "previous.ckpt"}
+    assert Checkpoints().load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 3
+    assert read_checkpoint(tmp_path / "previous.ckpt")["global_step"] == 2
+    assert newest_checkpoint(tmp_path) == tmp_path / "last.ckpt"
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(tmp_path):
+    save(tmp_path, 1, 2)
+    (tmp_path / "last.ckpt").write_bytes(b"nothing")
+    assert newest_checkpoint(tmp_path) == tmp_path / "previous.ckpt"
+    save(tmp_path, 3)
+    assert [read_checkpoint(tmp_path / name)["global_step"] for name in ("last.ckpt", "previous.ckpt")] == [3, 1]
+
+
+def test_no_mutation_goes_unnoticed(tmp_path):
+    """What loads is what was saved; all else is refused by a line that names the file."""
+    save(tmp_path, 7)
+    path, rng = tmp_path / "last.ckpt", np.random.default_rng(0)
+    whole, expected = path.read_bytes(), digest(read_checkpoint(path))
+    for _ in range(100):
+        data = bytearray(whole)
+        if rng.random() < 0.2:
+            del data[int(rng.integers(len(data))) :]
+        else:
+            data[int(rng.integers(len(data)))] ^= int(rng.integers(1, 256))
+        path.write_bytes(bytes(data))
+        try:
+            found = read_checkpoint(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+        else:
+            assert digest(found) == expected
+
+
+@pytest.mark.parametrize("change", [{"global_step": 8}, {"lrs": [2e-3]}, {"lrs": None}, {"more": 1}])
+def test_content_that_is_not_what_was_saved_is_refused(tmp_path, change):
+    save(tmp_path, 7)
+    path = tmp_path / "last.ckpt"
+    torch.save({**torch.load(path, weights_only=True), **change}, path)
+    with pytest.raises(ValueError, match=r"last\.ckpt: .*digest"):
+        read_checkpoint(path)
+    torch.save({key: value for key, value in make_checkpoint(7).items() if key != "lrs"}, path)
+    with pytest.raises(ValueError, match=r"last\.ckpt: .*digest"):
+        read_checkpoint(path)
+
+
+def test_whenever_saving_is_killed_a_whole_checkpoint_is_left(tmp_path, kill_when):
+    kill_when((tmp_path / "previous.ckpt").is_file, save, tmp_path, *range(100_000))
+    assert newest_checkpoint(tmp_path) is not None

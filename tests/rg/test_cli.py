@@ -11,7 +11,17 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from rg.cli import CONF, check_overrides, command, explain, link_latest, one_line_errors, run_folder
+from rg.cli import (
+    CONF,
+    check_overrides,
+    command,
+    compose_config,
+    explain,
+    link_latest,
+    one_line_errors,
+    quote_texts,
+    run_folder,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +81,37 @@ def test_unfinished_goes_on_only_where_there_are_no_results():
     assert ask_again("pose", "", True) == f"pose/20200102-000000-{code}"
 
 
+def test_a_run_is_the_same_with_more_steps():
+    make_run(f"pose/20200101-000000-{code_of('+experiment=pose_100,seed=1')}")
+    words = "+experiment=pose_100,seed=1,trainer.check_val_every_n_epoch=1,trainer.max_steps=8,verbose=true"
+    assert ask_again("pose", words, True) == ask_again("pose", "+experiment=pose_100,seed=1", True)
+    assert ask_again("pose", "trainer.max_steps=8", True)[-8:] == code_of("")
+    assert code_of("data.batch_size=8") != code_of("")
+
+
+def test_a_resumed_run_that_never_was_begins_and_says_so(capsys):
+    run_folder("pose", "seed=7", "unfinished", {})
+    assert not capsys.readouterr().err
+    run_folder("pose", "seed=7", True, {})
+    assert "outputs/pose" in capsys.readouterr().err
+
+
+def test_jobs_that_differ_in_steps_alone_have_folders_of_their_own():
+    chosen = {}
+    assert len({run_folder("pose", f"trainer.max_steps={steps}", False, chosen) for steps in (4, 8, 16)}) == 3
+
+
+@pytest.mark.parametrize("name", ["pose:v2", "a#b", "../pose", "a//b", "", "two words", "what?"])
+def test_a_name_that_no_folder_or_wandb_takes_is_refused(name):
+    with pytest.raises(ValueError, match=f"name: .*{re.escape(repr(name))}"):
+        run_folder(name, "", False)
+
+
+@pytest.mark.parametrize("name", ["pose_v2", "sweep/pose-1.5", "größe", "2024"])
+def test_other_names_are_taken(name):
+    assert run_folder(name, "", False).startswith(f"{name}/")
+
+
 def test_another_word_for_resume_is_named():
     with pytest.raises(ValueError, match="resume: .*true, false.*unfinished.*'maybe'"):
         run_folder("pose", "", "maybe")
@@ -99,6 +140,13 @@ def test_a_folder_called_latest_is_left_alone(tmp_path, capsys):
         (tmp_path / name).mkdir()
     link_latest(tmp_path / "first")
     assert not (tmp_path / "latest").is_symlink() and f"{tmp_path}/latest" in capsys.readouterr().err
+
+
+def test_without_links_the_run_stands(tmp_path, capsys):
+    (tmp_path / "first").mkdir()
+    (tmp_path / f".latest-{os.getpid()}").mkdir()  # no link can be made under this name
+    link_latest(tmp_path / "first")
+    assert f"{tmp_path}/first" in capsys.readouterr().err
 
 
 def raises(error):
@@ -159,10 +207,42 @@ def test_words_that_can_be_are_left_to_hydra():
     check_overrides("cost", ["+experiment=pose_control", "world=sdxl"])
 
 
+def test_what_a_resolver_refuses_is_said_alone():
+    text = "ValueError raised while resolving interpolation: name: expected x, got 'a:b'\n    full_key: hydra.run.dir\n"
+    assert explain("train", ValueError(text), []) == "name: expected x, got 'a:b'"
+
+
 def test_an_unknown_setting_is_answered_with_near_ones():
     error = ValueError("Could not override 'data.sise'.")
     text = explain("train", error, ["data.sise=3", "data=depth"])
     assert "data.sise" in text and "data.size" in text
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("prompt=a person, on grass", "a person, on grass"),
+        ("prompt=a person (left)", "a person (left)"),
+        ("prompt=it's {dusk}: 1=1", "it's {dusk}: 1=1"),
+        ("prompt=\\", "\\"),
+        ("prompt=12", "12"),
+        ("prompt=null", None),
+        ("prompt=", ""),
+        ("prompt='a, b'", "a, b"),
+        ("control=my images (2), new/x.png", "my images (2), new/x.png"),
+        ("name=2024", "2024"),
+    ],
+)
+def test_texts_are_taken_as_they_are(word, value):
+    (quoted,) = quote_texts([word])
+    assert compose_config("sample", [quoted])[word.partition("=")[0]] == value
+    sweep = ["-m", word]
+    assert quote_texts(sweep) == sweep
+
+
+def test_other_words_are_left_to_hydra_as_they_are():
+    words = ["images=4", "guidance=pose", "+experiment=pose_control", "alphas=[0.1,0.2]", "~logger.wandb", "seed=1,2"]
+    assert quote_texts([*words, "head.path=a/b", "+sampling.negative_prompt=[a,b]"])[:6] == words
 
 
 COMMANDS = sorted(
@@ -212,6 +292,44 @@ def test_a_mistake_of_a_process_is_one_line_on_stderr():
     found = run("-c", CODE, "run=x", "nam=y")
     assert found.returncode == 1 and len(found.stderr.splitlines()) == 1 and not found.stdout, found
     assert "nam" in found.stderr and "name" in found.stderr
+
+
+def test_a_command_is_stopped_while_it_is_loaded():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rg.train"], cwd=CONF.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(0.7)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT) and errors.count("\n") <= 2 and "Traceback" not in errors
+
+
+def test_a_setting_of_another_type_ends_a_command_with_one_line():
+    found = run("-c", CODE, "run=x", "name=y", "models=3")
+    assert found.returncode == 1 and len(found.stderr.splitlines()) == 1, found
+    assert found.stderr.startswith("error: models: ") and found.stderr.endswith("found 3\n")
+
+
+NOISY = """
+import logging, warnings
+from rg.cli import command
+@command("experiments/ship")
+def main(cfg):
+    for name in ("__main__", "rg.train", "matplotlib.category", "lightning.pytorch.utilities.rank_zero", "PIL"):
+        logging.getLogger(name).info("said by %s", name)
+    logging.getLogger("PIL").warning("a warning")
+    warnings.warn("old", DeprecationWarning)
+    warnings.warn("of use")
+main()
+"""
+
+
+def test_libraries_are_quiet_unless_they_are_asked():
+    quiet, loud = (run("-c", NOISY, "run=x", "name=y", f"verbose={verbose}") for verbose in ("false", "true"))
+    said = [re.findall(r"said by (\S+)|(a warning|old|of use)$", r.stdout + r.stderr, re.M) for r in (quiet, loud)]
+    quiet, loud = ({name or word for name, word in found} for found in said)
+    assert quiet == {"__main__", "rg.train", "a warning", "of use"}
+    assert loud >= quiet | {"matplotlib.category", "PIL"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

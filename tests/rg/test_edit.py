@@ -1,5 +1,7 @@
 """Images after a reference, by the embedded model and heads with random weights."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -7,12 +9,13 @@ from PIL import Image
 
 from data_prep.marionette.render import render
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.edit import Edit
+from rg.edit import Edit, Frame, parse_boxes, parse_drag
 from rg.guidance.guidance import ReadoutGuidance
 from rg.heads.appearance import AppearanceHead
 from rg.heads.correspondence import CorrespondenceHead
 from rg.heads.spatial import SpatialHead
 
+ROOT = Path(__file__).parents[2]
 SMALL = {"projection_dim": 16, "norm_groups": 2, "output_scale": 2}
 
 
@@ -108,6 +111,10 @@ def test_a_real_image_is_inverted_and_comes_back(make, tmp_path):
         (["terms=[style]", "drag=[[1,1,2,2]]"], r"drag: .*correspondence head.*drag=\[\[1, 1, 2, 2\]\]"),
         (["terms=[point]", "drag=[[1,1,2]]"], r"drag: .*from x.*\[\[1, 1, 2\]\]"),
         (["terms=[point]", "drag=[[1,1,80,2]]"], r"drag: .*64x64.*\[\[1, 1, 80, 2\]\]"),
+        (
+            ["terms=[point]", "drag=[[9,9,250,9]]", f"reference={ROOT}/docs/grid.png"],
+            r"drag: .*\d+x\d+ pixels in \[\d+, 0, .*\[\[9, 9, 250, 9\]\]",
+        ),
         (["terms=[style]", "boxes=[[0,0,64,64]]"], r"boxes: .*2 lists.*\[\[0, 0, 64, 64\]\]"),
         (["terms=[style]", "boxes=[[0,0,64,64],[9,9,9,20]]"], r"boxes: .*64x64.*\[9, 9, 9, 20\]"),
         (["terms=[style]", "noise=old"], "noise: .*new or reference.* old"),
@@ -127,3 +134,33 @@ def test_boxes_are_compared_alone(run):
     assert float(trace[0].energy) == pytest.approx(0, abs=1e-5)
     _, trace = run("terms=[style]", "images=1", "noise=reference", "boxes=[[0,0,32,64],[32,0,64,64]]")
     assert float(trace[0].energy) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("given", "drag", "made"),
+    [
+        ((256, 256), [[128, 100, 160, 100]], [[31.625, 24.625], [39.625, 24.625]]),
+        ((256, 384), [[64, 0, 192, 100]], [[-0.375, -0.375], [31.625, 24.625]]),  # the crop begins at x = 64
+    ],
+)
+def test_places_are_in_pixels_of_the_image_that_was_given(given, drag, made):
+    frame = Frame(given, (64, 64))
+    torch.testing.assert_close(parse_drag(drag, frame), torch.tensor([made]))
+    left = frame.box[0]
+    boxes = parse_boxes([[left, 0, left + 128, 256], [left + 128, 64, left + 256, 256]], frame)
+    assert boxes.tolist() == [[0, 0, 32, 64], [32, 16, 64, 64]]
+
+
+@pytest.mark.parametrize("words", [["guidance=released"], ["guidance.branch=both"]])
+def test_a_real_reference_is_read_under_the_branches_that_guide(run, tmp_path, words):
+    Image.new("RGB", (64, 64), (60, 120, 180)).save(tmp_path / "photo.png")
+    guided, trace = run("terms=[style]", "images=1", f"reference={tmp_path}/photo.png", "prompt=grass", *words)
+    assert guided.shape == (1, 3, 64, 64) and trace
+
+
+def test_images_of_another_size_are_edited(run, tmp_path):
+    Image.new("RGB", (256, 128), (60, 120, 180)).save(tmp_path / "photo.png")
+    words = ["+sampling.height=32", "+sampling.width=64", f"reference={tmp_path}/photo.png"]
+    guided, _ = run("terms=[style]", "images=1", *words, "+sampling.negative_prompt=[blurry]")
+    assert guided.shape == (1, 3, 32, 64)
+    assert Image.open(tmp_path / "run/reference.png").size == (64, 32)

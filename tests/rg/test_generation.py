@@ -40,6 +40,16 @@ def test_guidance_is_attached_for_the_call_alone(tiny_pipeline, tiny_head, poses
     assert torch.equal(generate(pipe, PROMPTS, **arguments), plain)
 
 
+def test_negative_prompts_are_for_all_images_or_one_for_each(tiny_pipeline):
+    pipe, arguments = tiny_pipeline(), {"seeds": [0, 1], "num_inference_steps": 2, "guidance_scale": 2.0}
+    plain = generate(pipe, PROMPTS[:2], **arguments)
+    one, two = (generate(pipe, PROMPTS[:2], negative_prompt=words, **arguments) for words in ("dusk", ["dusk", ""]))
+    assert (plain != one).flatten(1).any(1).all()
+    assert torch.equal(two[0], one[0]) and torch.equal(two[1], plain[1])
+    with pytest.raises(ValueError, match=r"negative_prompt: .*2.* 1.*\['dusk'\]"):
+        generate(pipe, PROMPTS[:2], negative_prompt=["dusk"], **arguments)
+
+
 @pytest.mark.parametrize(("name", "class_name"), SCHEDULERS.items())
 def test_set_scheduler_keeps_the_noise_schedule(tiny_pipeline, name, class_name):
     pipe = tiny_pipeline(prediction_type="v_prediction")

@@ -1,13 +1,16 @@
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
+from data_prep.cropping import crop_image
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.data.shards import read_shards
 from rg.heads.appearance import AppearanceHead
 from rg.heads.spatial import SpatialHead
-from rg.sample import read_controls
+from rg.io.images import load_control
+from rg.sample import read_controls, sample
 
 WIDTHS = {"tap_channels": [8], "time_embed_dim": 6, "projection_dim": 16, "norm_groups": 2}
 
@@ -54,7 +57,6 @@ def test_an_image_is_a_control(tmp_path, controls, task):
 @pytest.mark.parametrize(
     ("make", "side", "words"),
     [
-        (lambda: SpatialHead(**WIDTHS), 32, r"control: .*\(B,3,64,64\).*\(1, 3, 32, 32\)"),
         (lambda: SpatialHead(**WIDTHS, variant="keypoints"), 64, r"control: .*variant=keypoints .*\(B,P,18,3\)"),
         (lambda: AppearanceHead(**WIDTHS), 64, "control: AppearanceHead .*reference image"),
     ],
@@ -68,3 +70,47 @@ def test_a_control_that_does_not_fit_is_refused_before_any_image(tmp_path, contr
 def test_labels_cannot_be_the_control_of_a_relative_head(controls):
     with pytest.raises(ValueError, match="control: AppearanceHead .*reference image"):
         controls("depth", AppearanceHead(**WIDTHS), "images=1")
+
+
+@pytest.mark.parametrize("size", [(128, 128), (150, 97), (32, 40)])
+def test_an_image_of_another_size_is_fitted_as_preparation_does(tmp_path, controls, caplog, size):
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(*size[::-1], 3), dtype=np.uint8))
+    image.save(tmp_path / "image.png")
+    with caplog.at_level("INFO"):
+        control, _ = controls("depth", SpatialHead(**WIDTHS), f"control={tmp_path}/image.png")
+    torch.testing.assert_close(control[0], crop_image(image, 64) / 127.5 - 1)
+    assert f"{size[0]}x{size[1]}" in caplog.text and "64x64" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["file", "labels"])
+def test_keypoints_are_those_of_the_images_that_are_made(root, controls, source):
+    head, made = SpatialHead(**WIDTHS, variant="keypoints"), ["+sampling.height=96", "+sampling.width=128"]
+    words = ["images=1", *([f"control={root}/docs/pose.json"] if source == "file" else [])]
+    (own, _), (moved, _) = (controls("pose", head, *words, *more) for more in ([], made))
+    scale = torch.tensor([128 / 64, 96 / 64])
+    torch.testing.assert_close(moved[..., :2], (own[..., :2] + 0.5) * scale - 0.5)
+    assert torch.equal(moved[..., 2], own[..., 2])
+    if source == "file":
+        assert torch.equal(moved, load_control(root / "docs/pose.json", (96, 128)))
+
+
+def test_labels_are_resized_to_the_images_that_are_made(controls):
+    control, _ = controls("depth", SpatialHead(**WIDTHS), "images=1", "+sampling.height=32", "+sampling.width=64")
+    assert control.shape == (1, 3, 32, 64)
+
+
+def test_an_empty_prompt_is_a_prompt(controls):
+    assert controls("depth", SpatialHead(**WIDTHS), "images=2", "prompt=''")[1] == ["", ""]
+
+
+def test_a_run_takes_negative_prompts_and_keeps_no_readouts(root, tmp_path):
+    words = ["+experiment=pose_control", f"control={root}/docs/pose.json", "images=2", f"run_dir={tmp_path}/run"]
+    words += [
+        "+sampling.negative_prompt=[blurry,dark]",
+        "guidance.keep_readouts=false",
+        "sampling.num_inference_steps=2",
+    ]
+    with initialize_config_dir(str(root / "conf"), version_base="1.3"):
+        config = compose("sample", [*words, "+sampling.height=64", "+sampling.width=96"])
+    assert sample(config, tmp_path / "run").shape == (2, 3, 64, 96)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"00000.png", "00001.png", "grid.png"}

@@ -92,7 +92,7 @@ def test_a_checkpoint_is_small_and_safe_to_load(folder, uninterrupted):
     saved = torch.load(folder / "whole/checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 6
     assert set(saved["state_dict"]) == set(uninterrupted.state_dict())
-    assert [path.name for path in (folder / "whole/checkpoints").iterdir()] == ["last.ckpt"]
+    assert {path.name for path in (folder / "whole/checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt"}
 
 
 def test_validation_is_logged_for_every_noise_level(folder, uninterrupted):
@@ -123,6 +123,26 @@ def test_resumed_equals_uninterrupted(folder, uninterrupted, checkpoint_every, c
             assert logged(parts, column) == logged(folder / "whole", column), column
     assert list(logged(folder / "whole", "train/loss")) == [0, 1, 2, 3, 4, 5]
     assert list(logged(parts / "csv/version_1", "train/loss")) == list(range(checkpoint_every, 6))
+
+
+def test_a_damaged_checkpoint_costs_one_interval(folder, uninterrupted, caplog):
+    parts = folder / "damaged"
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(folder / "data", parts, checkpoint_every=2, crash_at=5)
+    last = parts / "checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:-100])
+    resumed = run(folder / "data", parts, checkpoint_every=2)
+    (line,) = (
+        record.message for record in caplog.records if record.levelname == "WARNING" and "ckpt" in record.message
+    )
+    assert f"{last}: " in line and "previous.ckpt" in line and "\n" not in line
+    assert list(logged(parts / "csv/version_1", "train/loss")) == [2, 3, 4, 5]
+    for name, tensor in uninterrupted.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    for path in (parts / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"last\.ckpt: .*previous\.ckpt: "):
+        run(folder / "data", parts)
 
 
 def test_another_seed_is_another_run(folder, uninterrupted):

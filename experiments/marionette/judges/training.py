@@ -19,7 +19,7 @@ from rg.io.files import write_text
 Judge = TypeVar("Judge", bound=Hourglass)
 # How a network is trained; what is not named here or by the settings of a judge does not decide its weights.
 RECIPE = {"warm_up": 100, "decay": 1.0, "weight_decay": 0.01, "ema": 0.998}
-PLACES = ("output", "folder", "cache")
+PLACES = ("output", "folder", "cache", "verbose")
 
 
 def train(

@@ -168,3 +168,62 @@ def test_resume_equals_the_uninterrupted_run(root, tmp_path, stop):
         second, _ = fit(root, tmp_path / "again", max_steps=13, checkpoint=tmp_path / checkpoint)
         assert first.seen + second.seen == whole.seen, checkpoint
         assert torch.equal(second.weight, whole.weight), checkpoint
+
+
+def no_image_in_validation(*, split, n):
+    """A builder as of a small folder that deals validation no image."""
+    if split == "val":
+        raise DataError("split=val: expected at least 1 image, found 0")
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (9, 1), (30, 3)])
+def test_a_small_folder_without_validation_images_holds_some_out(tmp_path, make_split, caplog, count, held_out):
+    make_split(tmp_path / "train", count)
+    settings = SETTINGS | {"size": None, "val_size": None, "builder": no_image_in_validation}
+    found = []
+    for stage in ("fit", "validate"):
+        data = ReadoutDataModule(root=str(tmp_path), **settings)
+        data.prepare_data()
+        with caplog.at_level("INFO"):
+            data.setup(stage)
+        places = [{int(sample["index"]) for sample in samples} for samples in (data.train_set, data.val_set)]
+        assert len(places[1]) == held_out and places[0] | places[1] == set(range(count)) and not places[0] & places[1]
+        found.append(places)
+    assert found[0] == found[1], "the same ones are held out whenever it is asked"
+    assert f"{count - held_out} to train, {held_out} to validate" in caplog.text
+    assert len(next(iter(data.val_dataloader()))["index"]) == held_out
+    assert len(next(iter(data.train_dataloader()))["index"]) == 4
+
+
+def test_validation_images_that_are_all_unreadable_are_replaced(tmp_path, make_split):
+    make_split(tmp_path / "train", 12)
+    make_split(tmp_path / "val", 2, skipped=(0, 1))
+    data = ReadoutDataModule(root=str(tmp_path), **SETTINGS | {"size": None, "val_size": None})
+    data.setup("fit")
+    assert (len(data.train_set), len(data.val_set)) == (11, 1)
+
+
+def test_a_lonely_image_cannot_be_validated(tmp_path, make_split):
+    make_split(tmp_path / "train", 1)
+    settings = SETTINGS | {"size": None, "val_size": None, "builder": no_image_in_validation}
+    data = ReadoutDataModule(root=str(tmp_path), **settings)
+    data.prepare_data()
+    with pytest.raises(DataError, match="at least 2 .* 1.*test_share"):
+        data.setup("fit")
+
+
+def test_other_failures_of_validation_images_are_not_hidden(root):
+    def build(*, split, n):
+        if split == "val":
+            raise DataError("made otherwise")
+
+    for size in (None, 5):
+        data = ReadoutDataModule(root=str(root), **SETTINGS | {"val_size": size, "builder": build})
+        with pytest.raises(DataError, match="made otherwise"):
+            data.prepare_data()
+
+
+def test_what_was_dealt_is_said(root, caplog):
+    with caplog.at_level("INFO"):
+        ReadoutDataModule(root=str(root), **SETTINGS).setup("fit")
+    assert "12 to train, 5 to validate" in caplog.text

@@ -1,0 +1,223 @@
+"""The types of settings, checked when a configuration is composed: no long work ends at a word where a number belongs.
+
+What a `_target_` takes has the types of its constructor's annotations. TYPES says what those do not: ranges, and the
+commands' own settings. One name means one thing, wherever it stands.
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pkgutil import resolve_name
+from typing import Annotated, Any, Literal, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+from rg.cli import near
+
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Word = Annotated[str, Field(min_length=1)]
+Counts = Annotated[list[Count], Field(min_length=1)]
+Words = Annotated[list[Word], Field(min_length=1)]
+Row = Annotated[list[Number], Field(min_length=4, max_length=4)]
+
+# By the end of a setting's dotted name, of which the longest counts; a name with a dot in front has nothing above it.
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("seed", "pose", "warmup_steps", "warm_up", "unseen", "changed", "whole.keypoints"), Index),
+    **dict.fromkeys(("images", "batch_size", "epoch_batches", "shard_size", "max_steps", "num_inference_steps"), Count),
+    **dict.fromkeys(("resolution", "projection_dim", "norm_groups", "output_scale", "hidden_channels"), Count),
+    **dict.fromkeys(("edit_steps", "steps", "training_steps", "repeats", "head_repeats", "latent_side"), Count),
+    **dict.fromkeys(("together", "parts", "sheet_images", "held_out", "pictures.train", "workers", "tokens"), Count),
+    **dict.fromkeys(("size", "val_size", "available", "n", "height", "width", "threads"), Count | None),
+    **dict.fromkeys(("check_val_every_n_epoch", "log_every_n_steps", "every_n_train_steps"), Count | None),
+    **dict.fromkeys(("layers_per_block", "attention_head_dim", "norm_num_groups", "hidden_size"), Count),
+    **dict.fromkeys(("intermediate_size", "num_hidden_layers", "num_attention_heads", "levels", "window"), Count),
+    **dict.fromkeys(("widths", "finder_widths", "block_out_channels", "val_timesteps"), Counts),
+    **dict.fromkeys(("learning_rate", "appearance_learning_rate", "preview_minutes", "temperature"), Positive),
+    **dict.fromkeys(("line_width", "max_minutes", "hardware.gflops", "hardware.memory_gb"), Positive | None),
+    **dict.fromkeys(("weight_decay", "contrast", "pose_contrast", "kl_weight", "margin", "repulsion"), Amount),
+    **dict.fromkeys(("readout_scale", "guidance_scale", "scale"), Number),
+    **dict.fromkeys(("eta", "strength", "validation_share", "test_share", "decay", "ema", "alpha", "least"), Share),
+    **dict.fromkeys(("guidance.start", "guidance.stop"), Share),
+    **dict.fromkeys(("run_dir", "root", "scheduler", "backbone.path", "head.path", "run", "folder", "out"), Word),
+    **dict.fromkeys(("output", "cache", "export", "record", "card", "results", "sheet", "stage", "job"), Word),
+    **dict.fromkeys(("model", "backbone", "detector", "classifier", "family", "name", "pose_variant"), Word),
+    **dict.fromkeys(("control", "reference", "device", "head.class", "head.released", "pictures.masks"), Word | None),
+    **dict.fromkeys(("pictures.path", "pictures.labels", "autoencoder.start"), Word | None),
+    **dict.fromkeys(("prompt", "edit_prompt"), str | None),
+    **dict.fromkeys(("verbose", "check", "sided"), bool),
+    **dict.fromkeys(("precisions", "memory_modes", "checkpoints", "down_block_types", "up_block_types"), Words),
+    **dict.fromkeys(("commands.detector", "commands.classifier", "commands.card"), Words),
+    **dict.fromkeys(("appearance_negatives", "identity_negatives", "kinds"), dict[str, Amount]),
+    ".resume": bool | Literal["unfinished"],
+    "split": Literal["train", "val", "search", "test"],
+    "noise": Literal["new", "reference"],
+    "update": Literal["score", "adam"],
+    "branch": Literal["uncond", "cond", "both"],
+    "normalize": Literal["rms"] | None,
+    "negative_prompt": str | list[str] | None,
+    "alphas": Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)],
+    "scales": Annotated[list[Number], Field(min_length=1)],
+    "drag": Annotated[list[Row], Field(min_length=1)] | None,
+    "boxes": Annotated[list[Row], Field(min_length=2, max_length=2)] | None,
+    "terms": Annotated[list[Any], Field(min_length=1)],
+    ".models": Words | Word | None,
+    ".heads": list[Word] | dict[str, Word],
+    ".world": Word,
+}
+TEXTS = (Word, Word | None, str | None, TYPES["negative_prompt"])
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a callable takes: its arguments with their annotations, and whether it takes any others."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    takes_more: bool = False
+
+
+def check(cfg: DictConfig, added: Sequence[str] = ()) -> None:
+    """Compares every setting of a composed configuration with its type.
+
+    Args:
+        cfg: what a command gets; `???` and what cannot be resolved yet are left to those who read them.
+        added: dotted names that the command line added to it (+name=value).
+
+    Raises:
+        ValueError: the first setting of another type or range, with what was expected and found; a `_target_` that
+            cannot be imported; a name that nobody reads, with the near ones.
+    """
+    try:
+        settings = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException:
+        settings = OmegaConf.to_container(cfg, resolve=False)
+    _check_node(settings, "")
+    known = ["experiment", "sweep", *_names(settings)]
+    for name in added:
+        parent, _, key = name.rpartition(".")
+        holder = OmegaConf.select(cfg, parent) if parent else cfg
+        # A pipeline is loaded before it can say what it takes.
+        if parent != "sampling" and "_target_" not in (holder or {}) and type_of(name) is None:
+            others = [other for other in known if other not in added]
+            raise ValueError(f"{name}: no such setting; {near(name, others)}")
+
+
+def check_arguments(function: Callable[..., Any], arguments: dict[str, Any], path: str, closed: bool = False) -> None:
+    """Compares keyword arguments with what a callable takes; raises ValueError as `check` does, below `path`.
+
+    Args:
+        closed: nothing is taken that is not named, whatever the signature says: pipelines swallow unknown words.
+    """
+    signature = signature_of(function)
+    for key, value in arguments.items():
+        name = f"{path}.{key}".lstrip(".")
+        if key not in signature.arguments and (closed or not signature.takes_more):
+            owner = getattr(function, "__qualname__", type(function).__name__)
+            raise ValueError(f"{name}: {owner} takes no such setting; {near(key, list(signature.arguments))}")
+        if not _has_calls(value):
+            _check_value(name, value, signature.arguments.get(key, Any))
+
+
+def type_of(name: str) -> Any:
+    """What TYPES says of a dotted name; None where it says nothing."""
+    parts = name.split(".")
+    ends = [f".{name}", *(".".join(parts[start:]) for start in range(len(parts)))]
+    return next((TYPES[end] for end in ends if end in TYPES), None)
+
+
+def is_text(name: str) -> bool:
+    """Whether a setting is words as they are, such as a prompt or a path."""
+    return type_of(name) in TEXTS
+
+
+@cache
+def signature_of(target: Any) -> Signature:
+    """What a callable takes; where it passes **keywords on to its class or to a base, their arguments too."""
+    owner = target if inspect.isclass(target) else getattr(target, "__self__", None)
+    functions = [] if inspect.isclass(target) else [target]
+    if inspect.isclass(owner):
+        functions += [vars(base)["__init__"] for base in owner.__mro__ if "__init__" in vars(base)]
+    arguments: dict[str, Any] = {}
+    for function in functions:
+        hints = _hints(getattr(function, "__func__", function))
+        parameters = list(inspect.signature(function).parameters.values())
+        for parameter in parameters:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                arguments.setdefault(parameter.name, hints.get(parameter.name, Any))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return Signature(arguments)
+    return Signature(arguments, takes_more=True)
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(function, include_extras=True)
+    except (NameError, TypeError, AttributeError):  # names that only type checkers see
+        return {}
+
+
+def _check_node(node: Any, path: str) -> None:
+    if isinstance(node, list):
+        for number, value in enumerate(node):
+            _check_node(value, f"{path}[{number}]")
+        return
+    if not isinstance(node, dict):
+        return
+    if "_target_" in node:
+        given = {key: value for key, value in node.items() if not (key.startswith("_") and key.endswith("_"))}
+        check_arguments(_target(node["_target_"], path), given, path)
+    for key, value in node.items():
+        name = f"{path}.{key}".lstrip(".")
+        if _has_calls(value) or (isinstance(value, dict) and type_of(name) in (None, Word)):
+            _check_node(value, name)
+        elif (kind := type_of(name)) is not None:
+            _check_value(name, value, kind)
+
+
+def _target(name: Any, path: str) -> Any:
+    try:
+        return resolve_name(name)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}._target_: expected a class or function, found {name!r}: {error}") from error
+
+
+def _has_calls(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "_target_" in value or any(map(_has_calls, value.values()))
+    return isinstance(value, list) and any(map(_has_calls, value))
+
+
+def _check_value(name: str, value: Any, kind: Any) -> None:
+    if kind is Any or (isinstance(value, str) and (value == "???" or "${" in value)):
+        return
+    try:
+        # As JSON a list may be a tuple; strictly, neither "3" nor true is a number, but 3 is one.
+        _adapter(kind).validate_json(json.dumps(value), strict=True)
+    except PydanticUserError:  # no type that plain values have
+        return
+    except ValidationError as error:
+        said = (problem["msg"].removeprefix("Input should be ") for problem in error.errors(include_url=False))
+        expected = " or ".join(dict.fromkeys("null" if words == "None" else words for words in said))
+        raise ValueError(f"{name}: expected {expected}, found {json.dumps(value)}") from None
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:  # a type with a configuration of its own
+        return TypeAdapter(kind)
+
+
+def _names(node: Any, path: str = "") -> Iterator[str]:
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield f"{path}{key}"
+        yield from _names(value, f"{path}{key}.")
