@@ -51,6 +51,7 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("run_dir", "root", "scheduler", "backbone.path", "head.path", "run", "folder", "out"), Word),
     **dict.fromkeys(("output", "cache", "export", "record", "card", "results", "sheet", "stage", "job"), Word),
     **dict.fromkeys(("model", "backbone", "detector", "classifier", "family", "name", "pose_variant"), Word),
+    **dict.fromkeys(("train.experiment", "sample.experiment"), Word),
     **dict.fromkeys(("control", "reference", "device", "head.class", "head.released", "pictures.masks"), Word | None),
     **dict.fromkeys(("pictures.path", "pictures.labels", "autoencoder.start"), Word | None),
     **dict.fromkeys(("prompt", "edit_prompt"), str | None),
