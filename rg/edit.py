@@ -91,7 +91,7 @@ class Frame:
         return bottom - top, right - left
 
     def __str__(self) -> str:
-        seen = "" if self.size == self.given else f" in {list(self.box)}, the centre that is used,"
+        seen = "" if self.size == self.given else f", in {list(self.box)}, the centre that is used"
         return f"inside {self.given[1]}x{self.given[0]} pixels{seen}"
 
 
@@ -191,7 +191,8 @@ class Edit:
         self.drag = parse_drag(cfg.drag, frame)
         self.boxes = parse_boxes(cfg.boxes, frame)
         if frame.size != frame.made:
-            log.info("reference: %s: %s, resized to %dx%d", cfg.reference, frame, self.size[1], self.size[0])
+            crop = f"{list(frame.box)} of {frame.given[1]}x{frame.given[0]} pixels"
+            log.info("reference: %s: %s, resized to %dx%d", cfg.reference, crop, self.size[1], self.size[0])
         set_scheduler(self.backbone.pipeline, cfg.scheduler)
 
     def read_reference(self) -> Image.Image:

@@ -113,7 +113,7 @@ def test_a_real_image_is_inverted_and_comes_back(make, tmp_path):
         (["terms=[point]", "drag=[[1,1,80,2]]"], r"drag: .*64x64.*\[\[1, 1, 80, 2\]\]"),
         (
             ["terms=[point]", "drag=[[9,9,250,9]]", f"reference={ROOT}/docs/grid.png"],
-            r"drag: .*\d+x\d+ pixels in \[\d+, 0, .*\[\[9, 9, 250, 9\]\]",
+            r"drag: .*\d+x\d+ pixels, in \[\d+, 0, .*\[\[9, 9, 250, 9\]\]",
         ),
         (["terms=[style]", "boxes=[[0,0,64,64]]"], r"boxes: .*2 lists.*\[\[0, 0, 64, 64\]\]"),
         (["terms=[style]", "boxes=[[0,0,64,64],[9,9,9,20]]"], r"boxes: .*64x64.*\[9, 9, 9, 20\]"),
