@@ -27,7 +27,8 @@ from rg.io.images import ENDINGS, open_image, open_mask
 def split_by_hash(
     names: Sequence[str], *, validation_share: float, test_share: float, seed: int
 ) -> dict[str, list[str]]:
-    """The names of each split, in their order: decided by a seeded hash of a name alone.
+    """The names of each split, in their order: decided by a seeded hash of a name alone, but for two or more names of
+    which none is left to train on, or no other to validate with.
 
     Raises:
         ValueError: the shares are negative, or more than 1 in sum.
@@ -40,6 +41,11 @@ def split_by_hash(
         draw = int.from_bytes(hashlib.sha256(os.fsencode(f"{seed}/{name}")).digest()[:8], "big") / 2**64
         held_out = "test" if draw < test_share else "val" if draw < test_share + validation_share else "train"
         splits[held_out].append(name)
+    if validation_share + test_share < 1:
+        # Few names may all be dealt to the held-out splits: one is needed to learn from, another to validate with.
+        while len(names) > 1 and (not splits["train"] or len(splits["train"]) + len(splits["val"]) < 2):
+            donor = splits["test"] or splits["val"]
+            splits["train"] = sorted([*splits["train"], donor.pop()], key=list(names).index)
     return splits
 
 

@@ -298,7 +298,12 @@ def test_a_command_is_stopped_while_it_is_loaded():
     process = subprocess.Popen(
         [sys.executable, "-m", "rg.train"], cwd=CONF.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    time.sleep(0.7)
+    maps = Path(f"/proc/{process.pid}/maps")
+    if maps.exists():  # of Linux, and says which libraries are being loaded
+        while "libtorch" not in maps.read_text():
+            time.sleep(0.01)
+    else:
+        time.sleep(2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT) and errors.count("\n") <= 2 and "Traceback" not in errors

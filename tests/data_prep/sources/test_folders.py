@@ -12,7 +12,7 @@ from data_prep.annotators.files import FileLabels
 from data_prep.annotators.rendered import ExactPose
 from data_prep.cropping import crop_box, crop_image, crop_points
 from data_prep.records import Skip
-from data_prep.sources.folders import FolderSource
+from data_prep.sources.folders import FolderSource, split_by_hash
 from data_prep.sources.marionette import MarionetteSource
 from rg.points import draw_skeletons
 
@@ -288,3 +288,15 @@ def test_marionette_splits_differ_and_batches_do_not_matter():
         drawn = draw_skeletons(item.keypoints[None], (16, 16), (16, 16), 1.5)[0]
         assert torch.equal(label.image, (drawn * 255).round().byte())
         assert torch.equal(label.keypoints, item.keypoints)
+
+
+@pytest.mark.parametrize("count", range(2, 12))
+def test_two_or_more_names_leave_one_to_train_on_and_another_to_validate_with(count):
+    names = [f"{number}.png" for number in range(count)]
+    for seed in range(60):
+        splits = split_by_hash(names, validation_share=0.1, test_share=0.1, seed=seed)
+        assert splits["train"] and len(splits["train"]) + len(splits["val"]) >= 2
+        assert sorted(sum(splits.values(), [])) == sorted(names)
+        assert all(part == [name for name in names if name in part] for part in splits.values())
+    everything = split_by_hash(names, validation_share=0, test_share=1, seed=0)
+    assert everything["test"] == names
