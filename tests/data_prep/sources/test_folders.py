@@ -296,7 +296,7 @@ def test_two_or_more_names_leave_one_to_train_on_and_another_to_validate_with(co
     for seed in range(60):
         splits = split_by_hash(names, validation_share=0.1, test_share=0.1, seed=seed)
         assert splits["train"] and len(splits["train"]) + len(splits["val"]) >= 2
-        assert sorted(sum(splits.values(), [])) == sorted(names)
+        assert sorted(name for part in splits.values() for name in part) == sorted(names)
         assert all(part == [name for name in names if name in part] for part in splits.values())
     everything = split_by_hash(names, validation_share=0, test_share=1, seed=0)
     assert everything["test"] == names
