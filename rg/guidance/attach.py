@@ -16,13 +16,10 @@ from torch import Tensor, nn
 from rg.backbone.conditions import Condition, encode_condition
 from rg.backbone.denoiser import (
     CFG_FLAG,
-    condition_dim,
     denoiser_name,
     denoiser_of,
     is_transformer,
-    tap_channels,
     taps,
-    time_embed_dim,
 )
 from rg.backbone.features import check_sample
 from rg.heads.protocol import EnergyHead, FunctionHead
@@ -60,8 +57,7 @@ def answering(
 
 def check_head(head: EnergyHead, pipe: DiffusionPipeline) -> None:
     """Raises ValueError when a head was made for another model, or is in another precision or place than it must be."""
-    denoiser = denoiser_of(pipe)
-    head.check_taps(tap_channels(denoiser), time_embed_dim(denoiser), condition_dim(denoiser))
+    head.check_denoiser(denoiser_of(pipe))
     network = head.function if isinstance(head, FunctionHead) else head
     weight = next(network.parameters(), None) if isinstance(network, nn.Module) else None
     if weight is None:

@@ -9,8 +9,9 @@ import torch
 from lightning import LightningModule
 from pydantic import Field
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from rg.backbone.denoiser import condition_dim, tap_channels, time_embed_dim
 from rg.heads.aggregation import AggregationNetwork
 from rg.heads.protocol import time_embedding
 from rg.io.files import atomic, read_json
@@ -121,6 +122,10 @@ class ReadoutHead(LightningModule):
                 f"embeddings of width {self.hparams.condition_dim}, this backbone's have {condition_dim} "
                 "(768 Stable Diffusion 1, 1024 Stable Diffusion 2, 2048 SDXL, 4096 PixArt)"
             )
+
+    def check_denoiser(self, denoiser: nn.Module) -> None:
+        """Raises ValueError when the head was built for another denoiser."""
+        self.check_taps(tap_channels(denoiser), time_embed_dim(denoiser), condition_dim(denoiser))
 
     @property
     def prompt(self) -> str:

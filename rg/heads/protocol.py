@@ -36,8 +36,8 @@ class EnergyHead(Protocol):
         """A control on the readout's grid; both sizes are (height, width)."""
         return control
 
-    def check_taps(self, tap_channels: list[int], time_embed_dim: int, condition_dim: int | None = None) -> None:
-        """Raises ValueError when the head was made for a backbone of other widths."""
+    def check_denoiser(self, denoiser: nn.Module) -> None:
+        """Raises ValueError when the head was made for another denoiser."""
 
 
 class FunctionHead(EnergyHead):

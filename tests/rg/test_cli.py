@@ -296,7 +296,12 @@ def test_a_mistake_of_a_process_is_one_line_on_stderr():
 
 def test_a_command_is_stopped_while_it_is_loaded():
     process = subprocess.Popen(
-        [sys.executable, "-m", "rg.train"], cwd=CONF.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "rg.train"],
+        cwd=CONF.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     maps = Path(f"/proc/{process.pid}/maps")
     if maps.exists():  # of Linux, and says which libraries are being loaded
