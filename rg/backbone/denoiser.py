@@ -6,7 +6,12 @@ the latents, laid out as a map.
 """
 
 import torch
-from diffusers import DiffusionPipeline, PixArtTransformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionPanoramaPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 
 
@@ -115,6 +120,13 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
     branches = hasattr(type(pipe), CFG_FLAG) or is_transformer(denoiser)
     if not branches or not hasattr(pipe, "encode_prompt"):
         raise ValueError(f"pipeline: expected one that makes images from text, got a {name}")
+    plain = getattr(denoiser, "_orig_mod", denoiser)
+    if not is_transformer(plain) and not isinstance(plain, UNet2DConditionModel):
+        raise ValueError(
+            f"pipeline: expected a UNet2DConditionModel, which makes images, got the {type(plain).__name__} of a {name}"
+        )
+    if isinstance(pipe, StableDiffusionPanoramaPipeline):
+        raise ValueError(f"pipeline: expected one call of the denoiser per step, {name} has one per window")
     hooks = {hook for part in denoiser.modules() for hook in _hook_names(part)}
     moving = sorted({UNSUPPORTED_HOOKS[hook] for hook in hooks & UNSUPPORTED_HOOKS.keys()})
     if moving:
