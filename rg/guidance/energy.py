@@ -27,9 +27,10 @@ class Reading:
     output: (rows, C'', h, w), what it predicted, without gradient.
     features: one (rows, C_l, h_l, w_l) per tap.
     timestep: scalar, in the scheduler's units, of num_timesteps. step: of the sampling run, from 0.
-    image_size: (height, width) of the image being made. shown_size: of what the pipeline makes of it.
-    images_per_prompt: how many images in a row have one prompt.
+    image_size: (height, width) of the image being made.
     rows: which of the pipeline's batch these are. shared: whether under the pipeline's own condition.
+    shown_size: of the image that comes out, where that is cut out of the one being made, else None.
+    images_per_prompt: how many images in a row have one prompt.
     """
 
     x: Tensor
@@ -40,12 +41,12 @@ class Reading:
     step: int
     images: int
     image_size: Size
-    shown_size: Size
-    images_per_prompt: int
     denoiser: nn.Module
     num_timesteps: int
     rows: slice
     shared: bool
+    shown_size: Size | None = None
+    images_per_prompt: int = 1
 
 
 @dataclass(frozen=True)

@@ -202,12 +202,12 @@ class FeatureReader:
             step=step,
             images=images,
             image_size=image_size,
-            shown_size=call.image_size or image_size,
-            images_per_prompt=call.images_per_prompt,
             denoiser=self.denoiser,
             num_timesteps=self.pipe.scheduler.config.num_train_timesteps,
             rows=rows,
             shared=shared,
+            shown_size=call.image_size,
+            images_per_prompt=call.images_per_prompt,
         )
 
     def complete(

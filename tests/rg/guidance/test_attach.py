@@ -236,7 +236,7 @@ def test_pipelines_whose_batch_is_not_images_are_named(tokenizer):
     frames = AnimateDiffPipeline(**parts, motion_adapter=motion)
     others = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     for pipe, words in (
-        (frames, "expected a UNet2DConditionModel, .*, got the UNetMotionModel of a AnimateDiffPipeline"),
+        (frames, "expected a batch of images, num_images_per_prompt of each text, got a AnimateDiffPipeline"),
         (StableDiffusionPanoramaPipeline(**parts, **others), "StableDiffusionPanoramaPipeline has one per window"),
     ):
         for attach in (strong().attach, DiffusionBackbone):

@@ -142,6 +142,9 @@ def test_the_pipeline_that_runs_is_the_one_that_is_guided(tokenizer, ran_before)
 class Twice(StableDiffusionPipeline):
     """A pipeline of a user's own that calls its U-Net twice a step."""
 
+    def __call__(self, *given, **others):
+        return super().__call__(*given, **others)
+
     def progress_bar(self, **arguments):
         forward = self.unet.forward
         self.unet.forward = lambda *given, **others: (forward(*given, **others), forward(*given, **others))[1]
