@@ -62,7 +62,7 @@ def encode_condition(pipe: DiffusionPipeline, prompt: str, device: torch.device 
             f"prompt: the head reads features under the prompt {prompt!r}, and this {type(pipe).__name__} has no text "
             "encoder to embed it: expected pipe.text_encoder, got None; keep it, or guide with branch=cond"
         )
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         encoded = pipe.encode_prompt(
             prompt=prompt,
             device=device or pipe._execution_device,

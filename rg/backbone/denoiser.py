@@ -5,8 +5,10 @@ et al., 2024, section 3.1). PixArt's transformer (Chen et al., 2024): the output
 the latents, laid out as a map.
 """
 
+import inspect
+
 import torch
-from diffusers import DiffusionPipeline, PixArtTransformer2DModel
+from diffusers import DiffusionPipeline, PixArtTransformer2DModel, StableDiffusionPanoramaPipeline
 from torch import Tensor, nn
 
 
@@ -115,6 +117,11 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
     branches = hasattr(type(pipe), CFG_FLAG) or is_transformer(denoiser)
     if not branches or not hasattr(pipe, "encode_prompt"):
         raise ValueError(f"pipeline: expected one that makes images from text, got a {name}")
+    calls = [vars(kind)["__call__"] for kind in type(pipe).__mro__ if "__call__" in vars(kind)]
+    if not any("num_images_per_prompt" in inspect.signature(call).parameters for call in calls):
+        raise ValueError(f"pipeline: expected a batch of images, num_images_per_prompt of each text, got a {name}")
+    if isinstance(pipe, StableDiffusionPanoramaPipeline):
+        raise ValueError(f"pipeline: expected one call of the denoiser per step, {name} has one per window")
     hooks = {hook for part in denoiser.modules() for hook in _hook_names(part)}
     moving = sorted({UNSUPPORTED_HOOKS[hook] for hook in hooks & UNSUPPORTED_HOOKS.keys()})
     if moving:

@@ -4,7 +4,7 @@ import hashlib
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
 from rg.backbone.conditions import Condition, encode_condition
@@ -54,7 +54,7 @@ class DiffusionBackbone:
         """Loads a pipeline with the DDIM scheduler.
 
         Args:
-            path: a diffusers folder, a shipped model's name, or "owner/name" on the hub.
+            path: a diffusers folder, a shipped model's name, "owner/name" on the hub, or a single file of safetensors.
             device: None takes a CUDA GPU where there is one.
             precision: of the denoiser and the text encoders: float32, bfloat16 or float16.
             variant: which of several files of weights, such as "fp16".
@@ -92,13 +92,16 @@ class DiffusionBackbone:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents of images, in float32.
+        """Mean and standard deviation of the latents of images, in float32; of a small autoencoder (TAESD) the
+        latents and zero.
 
         Raises:
             FloatingPointError: the VAE overflows.
         """
-        posterior = self.vae.encode(images.to(self.device)).latent_dist
-        factor = self.vae.config.scaling_factor
+        encoded, factor = self.vae.encode(images.to(self.device)), self.vae.config.scaling_factor
+        if isinstance(self.vae, AutoencoderTiny):
+            return self._finite(encoded.latents) * factor, torch.zeros_like(encoded.latents)
+        posterior = encoded.latent_dist
         return self._finite(posterior.mean) * factor, posterior.std * factor
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """The features of a denoiser's call, and the rows of its arguments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,7 +29,6 @@ def predict(
     sample: Tensor,
     timestep: Tensor,
     *,
-    tapped: Sequence[nn.Module] | None = None,
     forward: Callable[..., Any] | None = None,
     **inputs: Any,
 ) -> Prediction:
@@ -38,7 +37,6 @@ def predict(
     Args:
         sample: (B, C, h, w), the denoiser's input.
         timestep: scalar or (B,), in the scheduler's units.
-        tapped: the modules of `taps(denoiser)`, where they are known already.
         forward: what to call instead of the denoiser, from inside a hook on it.
         inputs: the denoiser's other arguments.
 
@@ -47,12 +45,11 @@ def predict(
     """
     check_sample(denoiser, sample)
     features: list[Tensor] = []
-    tapped = list(taps(denoiser).values()) if tapped is None else tapped
 
     def keep(_tap: nn.Module, _given: tuple[Any, ...], output: Tensor) -> None:
         features.append(output)
 
-    handles = [tap.register_forward_hook(keep) for tap in tapped]
+    handles = [tap.register_forward_hook(keep) for tap in taps(denoiser).values()]
     try:
         times = timestep.expand(len(sample))
         output = (forward or denoiser)(sample, timestep=times, **{**inputs, "return_dict": False})[0]
@@ -99,4 +96,16 @@ def select_rows(value: Nested, rows: slice, batch: int) -> Nested:
     if isinstance(value, list):
         taken = [select_rows(item, rows, batch) for item in value]
         return [item.clone() if isinstance(item, Tensor) else item for item in taken]
+    return value
+
+
+def outside_inference_mode(value: Nested) -> Nested:
+    """A copy of every tensor in `value` (nested in tuples, lists, dicts) that was made in inference mode; the rest as
+    is. Autograd refuses such tensors."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        return {key: outside_inference_mode(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(outside_inference_mode(item) for item in value)
     return value

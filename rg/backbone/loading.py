@@ -1,4 +1,4 @@
-"""Finds and reads pipelines: a diffusers folder, a shipped model, or a repository of the model hub."""
+"""Finds and reads pipelines: a diffusers folder, a shipped model, a single file, or a repository of the model hub."""
 
 import json
 import re
@@ -7,14 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from torch import nn
 
 from rg.models import locate
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Of single files: one of them names a file, whether it is there or not.
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 # Parts of a pipeline's folder that sampling without a safety filter does not need.
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+# What a single file of a whole model holds, by the authors' names: denoiser, autoencoder, and text encoders.
+CHECKPOINT = {
+    "denoiser": ("model.diffusion_model.",),
+    "autoencoder": ("first_stage_model.",),
+    "text encoder": ("cond_stage_model.", "conditioner.embedders."),
+}
 # The one file or more that says a component which holds no weights is there.
 MARKS = {
     "Scheduler": "scheduler_config.json",
@@ -27,7 +37,8 @@ def load_pipeline(path: str, *, precision: str = "float32", variant: str | None 
     """A pipeline with weights of safetensors alone, in evaluation mode on the CPU.
 
     Args:
-        path: a diffusers folder, the name of a shipped model, or "owner/name" on the hub, which is downloaded once.
+        path: a diffusers folder, the name of a shipped model, "owner/name" on the hub, which is downloaded once, or a
+            single file, see `load_checkpoint`.
         precision: one of PRECISIONS.
         variant: the files' infix, such as "fp16" in model.fp16.safetensors.
 
@@ -37,6 +48,8 @@ def load_pipeline(path: str, *, precision: str = "float32", variant: str | None 
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {sorted(PRECISIONS)}, got {precision!r}")
+    if not Path(path).is_dir() and (Path(path).suffix in SUFFIXES or Path(path).is_file()):
+        return load_checkpoint(Path(path), PRECISIONS[precision])
     folder = find_pipeline(path, variant)
     parts = check_folder(folder, variant)
     absent: dict[str, Any] = {name: None for name in UNUSED if name in parts}
@@ -47,6 +60,47 @@ def load_pipeline(path: str, *, precision: str = "float32", variant: str | None 
         return DiffusionPipeline.from_pretrained(folder, **settings, **absent)
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError) as error:
         raise ValueError(f"backbone {folder}: cannot be loaded: {_first_line(error)}") from None
+
+
+def load_checkpoint(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """A pipeline of Stable Diffusion 1, 2 or SDXL from a single file of safetensors in the authors' layout.
+
+    Such a file holds no configuration and no tokenizer: they are those of the folder it lies in, where that has a
+    model_index.json, else of the model's repository in the hub's cache or on the hub.
+
+    Raises:
+        FileNotFoundError: there is no such file, or its configuration is nowhere.
+        ValueError: it is cut short, not safetensors, or not of a whole model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"backbone {path}: expected a file of safetensors, found none")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"backbone {path}: expected .safetensors, got {path.suffix!r}, which is never unpickled")
+    names = _check_length(path)
+    missing = [part for part, starts in CHECKPOINT.items() if not any(name.startswith(starts) for name in names)]
+    if missing:
+        raise ValueError(f"backbone {path}: expected a whole model, found no {' and no '.join(missing)} in it")
+    xl = any(name.startswith("conditioner.") for name in names)
+    kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+    absent = {} if xl else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    settings: dict[str, Any] = {"dtype": dtype, **absent}
+    if (path.parent / "model_index.json").is_file():
+        settings |= {"config": str(path.parent), "local_files_only": True}
+    try:
+        pipe = kind.from_single_file(str(path), **settings)
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"backbone {path}: expected its configuration beside it (model_index.json, tokenizer/, ...) or on the hub "
+            f"or in its cache, which gave {type(error).__name__}: {_first_line(error)}"
+        ) from None
+    except NotImplementedError:  # torch, of a weight that was never read
+        raise ValueError(f"backbone {path}: expected all weights of the model, some are missing") from None
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(f"backbone {path}: cannot be loaded: {_first_line(error)}") from None
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and any(parameter.is_meta for parameter in part.parameters()):
+            raise ValueError(f"backbone {path}: expected all weights of {name}, some are missing")
+    return pipe
 
 
 def find_pipeline(path: str, variant: str | None = None) -> Path:
@@ -121,8 +175,8 @@ def _check_weights(folder: Path, name: str, variant: str | None) -> None:
         _check_length(path)
 
 
-def _check_length(path: Path) -> None:
-    """Compares a safetensors file's length with what its header says."""
+def _check_length(path: Path) -> set[str]:
+    """Compares a safetensors file's length with what its header says; the names of its tensors."""
     found = path.stat().st_size
     try:
         with path.open("rb") as stream:
@@ -134,6 +188,7 @@ def _check_length(path: Path) -> None:
         raise ValueError(f"backbone: {path} is no safetensors file, or cut short after {found} bytes") from None
     if found != expected:
         raise ValueError(f"backbone: {path} is half downloaded: expected {expected} bytes, found {found}")
+    return set(entries)
 
 
 def _listing(folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from rg.backbone.denoiser import (
     is_transformer,
     taps,
 )
-from rg.backbone.features import check_sample
+from rg.backbone.features import check_sample, outside_inference_mode
 from rg.heads.protocol import EnergyHead, FunctionHead
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def answering(
     Raises:
         ValueError: there is no rule for the pipeline, or a head was made for another.
     """
+    check_weights("denoiser", denoiser_of(pipe))
     for term in guidance.terms:
         check_head(term.head, pipe)
     condition = None
@@ -62,6 +63,7 @@ def check_head(head: EnergyHead, pipe: DiffusionPipeline) -> None:
     weight = next(network.parameters(), None) if isinstance(network, nn.Module) else None
     if weight is None:
         return
+    check_weights("head", network)
     if weight.dtype != torch.float32:
         raise ValueError(f"head: expected float32 weights, whatever the pipeline's, got {weight.dtype}: head.float()")
     if weight.device.type != pipe._execution_device.type:
@@ -69,12 +71,13 @@ def check_head(head: EnergyHead, pipe: DiffusionPipeline) -> None:
         raise ValueError(f"head: expected it on the pipeline's {device}, got {weight.device}: head.to({str(device)!r})")
 
 
-def check_call(pipe: DiffusionPipeline, update: str) -> None:
-    """Raises ValueError when a running call has arguments that guidance has no rule for."""
-    if getattr(pipe, "guidance_rescale", 0.0) > 0 and update == "score":
-        raise ValueError("guidance_rescale: it would rescale the score update too; expected 0.0")
-    if getattr(pipe, "do_perturbed_attention_guidance", False):
-        raise ValueError(f"pag_scale: expected 0, got {pipe.pag_scale}: perturbed attention adds a third branch")
+def check_weights(name: str, network: nn.Module) -> None:
+    """Raises ValueError when weights were made in inference mode: no gradient passes through them."""
+    if any(parameter.is_inference() for parameter in network.parameters()):
+        raise ValueError(
+            f"{name}: expected weights that were loaded, and moved by offloading, outside of torch.inference_mode(), "
+            "got some from inside; torch.no_grad() serves as well"
+        )
 
 
 @contextmanager
@@ -151,14 +154,18 @@ class _DenoiserHook(ModelHook):
             raise TypeError("a guided denoiser takes keyword arguments after (sample, timestep)")
         return_dict = kwargs.pop("return_dict", True)
         check_sample(module, sample)
-        timestep = torch.as_tensor(timestep, device=sample.device)
-        if is_transformer(module):
-            timestep = timestep.flatten()[0]  # PixArt's pipelines repeat it for every row
 
         def forward(sample: Tensor, timestep: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
             return self.fn_ref.original_forward(sample, timestep=timestep.expand(len(sample)), **inputs)
 
-        output = self.call(forward, sample, timestep, **kwargs)
+        # No gradient is to be had of what is made in inference mode, which a caller may be in.
+        if torch.is_inference_mode_enabled():
+            check_weights("denoiser", module)  # offloading may have brought them just now
+        with torch.inference_mode(False), torch.no_grad():
+            timestep = torch.as_tensor(timestep, device=sample.device)
+            if is_transformer(module):
+                timestep = timestep.flatten()[0]  # PixArt's pipelines repeat it for every row
+            output = self.call(forward, *outside_inference_mode((sample, timestep)), **outside_inference_mode(kwargs))
         if not return_dict:
             return (output,)
         return UNet2DConditionOutput(sample=output)
@@ -195,15 +202,14 @@ def hooked(denoiser: nn.Module, call: Callable[..., Tensor], *, checkpointing: b
     if had_registry and denoiser._diffusers_hook.get_hook(HOOK_NAME) is not None:
         raise RuntimeError("guidance is attached to this pipeline already; leave that context first")
     own_forward = denoiser.__dict__.get("_old_forward", denoiser.__dict__.get("forward"))
-    # By name: offloading replaces the parameters themselves.
-    trainable = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
+    trainable = {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
     checkpointed = {m: {k: v for k, v in vars(m).items() if k in CHECKPOINTING} for m in denoiser.modules()}
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     with _inside_offload(denoiser):
         registry.register_hook(_DenoiserHook(call), HOOK_NAME)
     try:
-        for name in trainable:
-            denoiser.get_parameter(name).requires_grad_(False)
+        for parameter in trainable.values():
+            parameter.requires_grad_(False)
         if checkpointing:
             denoiser.enable_gradient_checkpointing()
         yield
@@ -214,8 +220,11 @@ def hooked(denoiser: nn.Module, call: Callable[..., Tensor], *, checkpointing: b
                 denoiser.__dict__.pop("forward", None)
         if not had_registry:
             del denoiser._diffusers_hook
-        for name in trainable:
-            denoiser.get_parameter(name).requires_grad_(True)
+        # Offloading replaces parameters under their names, adapters that come and go rename them.
+        known = {id(parameter) for parameter in trainable.values()}
+        for name, parameter in denoiser.named_parameters():
+            if name in trainable or id(parameter) in known:
+                parameter.requires_grad_(True)
         for module, state in checkpointed.items():
             for name in CHECKPOINTING:
                 vars(module).pop(name, None)
@@ -248,14 +257,24 @@ def raise_on_overflow(pipe: DiffusionPipeline) -> Iterator[None]:
         handle.remove()
 
 
+# Variance-preserving ones whose abar_t is known at every call of the model.
+SCHEDULERS = (
+    *("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
+    *("PNDMScheduler", "LCMScheduler", "TCDScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
+    *("DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler", "LMSDiscreteScheduler"),
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
+)
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
 def check_scheduler(scheduler: SchedulerMixin, update: str) -> None:
     """Raises ValueError when there is no guidance rule for this scheduler."""
     name = type(scheduler).__name__
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"scheduler: guidance needs a variance-preserving schedule (alphas_cumprod), {name} has none")
+    if not any(base.__name__ in SCHEDULERS for base in type(scheduler).__mro__):
+        raise ValueError(f"scheduler: expected a variance-preserving one of {SCHEDULERS}, got {name}")
+    if scheduler.config.get("use_flow_sigmas", False):
+        raise ValueError(f"scheduler: expected use_flow_sigmas=False, got True: {name} is not variance-preserving then")
     if scheduler.config.prediction_type not in PREDICTIONS:
         raise ValueError(
             f"scheduler: prediction_type is {scheduler.config.prediction_type!r}, expected one of {PREDICTIONS}"

@@ -29,6 +29,8 @@ class Reading:
     timestep: scalar, in the scheduler's units, of num_timesteps. step: of the sampling run, from 0.
     image_size: (height, width) of the image being made.
     rows: which of the pipeline's batch these are. shared: whether under the pipeline's own condition.
+    shown_size: of the image that comes out, where that is cut out of the one being made, else None.
+    images_per_prompt: how many images in a row have one prompt.
     """
 
     x: Tensor
@@ -43,6 +45,8 @@ class Reading:
     num_timesteps: int
     rows: slice
     shared: bool
+    shown_size: Size | None = None
+    images_per_prompt: int = 1
 
 
 @dataclass(frozen=True)
@@ -124,24 +128,42 @@ def _energy(term: "GuidanceTerm", readout: Tensor, reading: Reading) -> Tensor:
         if len(target) != rows // images:
             raise ValueError(f"reference: expected {rows // images} branches as guided, got {len(target)}")
     else:
-        sizes = {"readout_size": tuple(readout.shape[-2:]), "image_size": reading.image_size}
-        target = term.target.encode(term.head, **sizes, device=device)[None]
-    if target.shape[1] not in (1, images):
-        raise ValueError(f"control: expected 1 or {images} of them, one per image, got {target.shape[1]}")
+        target = term.target.encode(
+            term.head,
+            readout_size=tuple(readout.shape[-2:]),
+            image_size=reading.image_size,
+            shown_size=reading.shown_size,
+            device=device,
+        )[None]
+    target = torch.stack([_for_images("control", branch, reading) for branch in target])
     target = target.expand(rows // images, images, *target.shape[2:]).flatten(0, 1)
-    arguments = {name: _for_rows(value, rows, images, device) for name, value in term.arguments.items()}
+    arguments = {name: _for_rows(value, reading) for name, value in term.arguments.items()}
     return term.head.energy(readout, target, **arguments)
 
 
-def _for_rows(value: Argument, rows: int, images: int, device: torch.device) -> Argument:
-    """Tensors (B or 1, ...), also in tuples, on the device and one per row."""
+def _for_images(name: str, value: Tensor, reading: Reading) -> Tensor:
+    """What is given for all images, one per image or one per prompt, for all images alike or one per image.
+
+    Raises:
+        ValueError: it is another number.
+    """
+    images, each = reading.images, reading.images_per_prompt
+    if len(value) in (1, images):
+        return value
+    if len(value) * each != images:
+        per_prompt = f", or {images // each}, one per prompt" if each > 1 else ""
+        raise ValueError(f"{name}: expected 1 or {images} of them, one per image{per_prompt}, got {len(value)}")
+    return value.repeat_interleave(each, dim=0)
+
+
+def _for_rows(value: Argument, reading: Reading) -> Argument:
+    """Tensors (B, P or 1, ...), also in tuples, on the device and one per row; B images of P prompts."""
     if isinstance(value, tuple):
-        return tuple(_for_rows(part, rows, images, device) for part in value)
+        return tuple(_for_rows(part, reading) for part in value)
     if not isinstance(value, Tensor):
         return value
-    if len(value) not in (1, images):
-        raise ValueError(f"arguments: expected 1 or {images} of them, one per image, got {len(value)}")
-    return value.to(device).repeat(rows // len(value), *[1] * (value.ndim - 1))
+    value = _for_images("arguments", value.to(reading.x.device), reading)
+    return value.repeat(len(reading.x) // len(value), *[1] * (value.ndim - 1))
 
 
 def _check_finite(name: str, value: Tensor, reading: Reading) -> None:

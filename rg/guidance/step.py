@@ -9,9 +9,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from rg.backbone.conditions import Condition
-from rg.backbone.denoiser import denoiser_of, latent_channels, taps
+from rg.backbone.denoiser import denoiser_of, latent_channels
 from rg.backbone.features import predict, select_rows
-from rg.guidance.attach import check_call
+from rg.guidance.attach import check_scheduler
+from rg.guidance.call import Call, check_call, running_call
 from rg.guidance.energy import Reading, energy_and_gradient, readouts
 from rg.guidance.targets import ReferenceTarget
 from rg.guidance.updates import adam, alpha_bar, score
@@ -43,18 +44,20 @@ class GuidedStep:
         self.guidance, self.pipe = guidance, pipe
         self.clock = StepClock(pipe)
         self.reader = FeatureReader(pipe, guidance.branch, condition)
+        self.scheduler = pipe.scheduler
         self.shift: Tensor | None = None
 
     def __call__(self, forward: Forward, sample: Tensor, timestep: Tensor, **inputs: Any) -> Tensor:
         """The denoiser's output (B, C', h, w) for its input `sample`, both branches of text guidance in one batch."""
-        guidance = self.guidance
-        if self.clock.advance():
+        guidance, call = self.guidance, running_call(self.pipe)
+        if self.clock.advance(timestep):
             guidance.trace.clear()
             self.shift = None
             check_call(self.pipe, guidance.update)
+            self.check_scheduler()
         if not self.clock.is_within(guidance.start, guidance.stop):
             return forward(sample, timestep, return_dict=False, **inputs)[0]
-        reading = self.reader.read(forward, sample, timestep, inputs, step=self.clock.step, with_gradient=True)
+        reading = self.reader.read(forward, sample, timestep, inputs, call, step=self.clock.step, with_gradient=True)
         energy, gradient = energy_and_gradient(guidance.terms, reading, range_factor=guidance.latent_range_factor)
         if guidance.update == "adam":
             delta = self.shift = adam(gradient, guidance.learning_rate)
@@ -83,6 +86,15 @@ class GuidedStep:
         )
         return output
 
+    def check_scheduler(self) -> None:
+        """Raises ValueError when the pipeline's scheduler, which may be another by now, cannot be guided."""
+        check_scheduler(self.pipe.scheduler, self.guidance.update)
+        if self.guidance.update == "adam" and self.pipe.scheduler is not self.scheduler:
+            raise ValueError(
+                "scheduler: expected with update=adam the one that guidance was attached with, got another "
+                f"{type(self.pipe.scheduler).__name__}; attach again"
+            )
+
     def pending_shift(self) -> Tensor | None:
         """The change of x_t that the scheduler's coming step has to start from, once."""
         shift, self.shift = self.shift, None
@@ -100,14 +112,15 @@ class RecordedStep:
     def __call__(self, forward: Forward, sample: Tensor, timestep: Tensor, **inputs: Any) -> Tensor:
         """The denoiser's own output (B, C', h, w)."""
         terms = [term for term in self.guidance.terms if isinstance(term.target, ReferenceTarget)]
-        if self.clock.advance():
+        call = running_call(self.pipe)
+        if self.clock.advance(timestep):
             self.guidance.trace.clear()
             check_call(self.pipe, self.guidance.update)
             for term in terms:
                 term.target.clear()
         if not self.clock.is_within(self.guidance.start, self.guidance.stop):
             return forward(sample, timestep, return_dict=False, **inputs)[0]
-        reading = self.reader.read(forward, sample, timestep, inputs, step=self.clock.step, with_gradient=False)
+        reading = self.reader.read(forward, sample, timestep, inputs, call, step=self.clock.step, with_gradient=False)
         for term, readout in zip(terms, readouts(terms, reading), strict=True):
             term.target.store(reading.step, timestep.item(), readout.unflatten(0, (-1, reading.images)))
         return self.reader.complete(reading, forward, sample, timestep, inputs)
@@ -119,13 +132,28 @@ class StepClock:
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe, self.step = pipe, -1
         self.timesteps: Tensor | None = None
+        self.coming: list[list[float]] = []
 
-    def advance(self) -> bool:
-        """Goes on to the next step; whether it is the first of a run."""
+    def advance(self, timestep: Tensor) -> bool:
+        """Goes on to the next step; whether it is the first of a run.
+
+        Raises:
+            ValueError: the pipeline calls its denoiser otherwise than once for each of its scheduler's timesteps.
+        """
         # Every run sets new timesteps, also one that follows a run that was broken off.
         begins = self.timesteps is not self.pipe.scheduler.timesteps
         self.timesteps = self.pipe.scheduler.timesteps
         self.step = 0 if begins else self.step + 1
+        if begins:  # at any of them: img2img leaves the first ones out
+            times = self.timesteps.tolist()
+            self.coming = [times[start:] for start in range(len(times))]
+        now = timestep.item()
+        self.coming = [times[1:] for times in self.coming if times and abs(times[0] - now) < 0.5]
+        if not self.coming:
+            raise ValueError(
+                f"pipeline: expected one call of the denoiser for each of the scheduler's timesteps, in their order, "
+                f"got t={now:g} as call {self.step} of {type(self.pipe).__name__}"
+            )
         return begins
 
     def is_within(self, start: float, stop: float) -> bool:
@@ -141,7 +169,6 @@ class FeatureReader:
         self.pipe, self.branch, self.condition = pipe, branch, condition
         self.denoiser = denoiser_of(pipe)
         self.channels = latent_channels(self.denoiser)
-        self.tapped = list(taps(self.denoiser).values())
 
     def read(
         self,
@@ -149,6 +176,7 @@ class FeatureReader:
         sample: Tensor,
         timestep: Tensor,
         inputs: dict[str, Any],
+        call: Call,
         *,
         step: int,
         with_gradient: bool,
@@ -164,7 +192,7 @@ class FeatureReader:
             given, shared = (given, True) if changed is None else (changed, False)
         with torch.set_grad_enabled(with_gradient):
             x = sample[rows].detach().requires_grad_(with_gradient)
-            prediction = predict(self.denoiser, x, timestep, tapped=self.tapped, forward=forward, **given)
+            prediction = predict(self.denoiser, x, timestep, forward=forward, **given)
         return Reading(
             x=x,
             latent=x.detach()[:, : self.channels],
@@ -178,6 +206,8 @@ class FeatureReader:
             num_timesteps=self.pipe.scheduler.config.num_train_timesteps,
             rows=rows,
             shared=shared,
+            shown_size=call.image_size,
+            images_per_prompt=call.images_per_prompt,
         )
 
     def complete(

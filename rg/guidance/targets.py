@@ -1,14 +1,17 @@
 """What a readout is asked to match."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
+from rg.backbone.features import outside_inference_mode
 from rg.heads.protocol import EnergyHead
 from rg.io.images import from_bytes, pixels
-from rg.points import Size
+from rg.points import KEYPOINTS, Size, check_visible
 
 Control = Tensor | Image | Sequence[Image]
 
@@ -18,24 +21,44 @@ class FixedTarget:
 
     Args:
         control: an RGB image, a list of them, a tensor of images (B, 3, H, W) in [-1, 1], or keypoints
-            (B, P, 18, 3) of (x, y, visible) in pixels of the image being made. B is 1 or the number of images.
+            (B, P, 18, 3) of (x, y, visible) in pixels of the image that comes out. B is 1, the number of images or
+            that of prompts.
 
     Raises:
-        ValueError: an image is not in RGB mode, the images differ in size, or there is none.
+        ValueError: an image is not in RGB mode, the images differ in size, there is none, or the place of a visible
+            keypoint is no number.
     """
 
     def __init__(self, control: Control) -> None:
         self.control = control.float() if isinstance(control, Tensor) else _to_tensor(control)
         if not len(self.control):
             raise ValueError("control: expected at least one image or pose, got an empty batch")
-        self._encoded: dict[tuple[EnergyHead, Size, Size, torch.device], Tensor] = {}
+        if self.control.shape[-2:] == (len(KEYPOINTS), 3):
+            check_visible(self.control, "control")
+        self._encoded: dict[tuple[Any, ...], Tensor] = {}
 
-    def encode(self, head: EnergyHead, *, readout_size: Size, image_size: Size, device: torch.device) -> Tensor:
-        """The control on the readout's grid, by the head's own `encode_target`; made once per size and device."""
-        key = (head, readout_size, image_size, device)
+    def encode(
+        self,
+        head: EnergyHead,
+        *,
+        readout_size: Size,
+        image_size: Size,
+        shown_size: Size | None = None,
+        device: torch.device,
+    ) -> Tensor:
+        """The control on the readout's grid, by the head's own `encode_target`; made once per size and device.
+
+        Args:
+            image_size: (height, width) of the image being made, which the readout covers.
+            shown_size: of the one that comes out, where the pipeline resizes the image and cuts the middle out.
+        """
+        key = (head, readout_size, image_size, shown_size, device)
         if key not in self._encoded:
-            encoded = head.encode_target(self.control, readout_size=readout_size, image_size=image_size)
-            self._encoded[key] = encoded.to(device)
+            control = self.control
+            if shown_size not in (None, image_size):
+                control, image_size = uncut(control, shown_size, image_size)
+            encoded = head.encode_target(control, readout_size=readout_size, image_size=image_size)
+            self._encoded[key] = outside_inference_mode(encoded.to(device))
         return self._encoded[key]
 
 
@@ -92,6 +115,24 @@ class ReferenceTarget:
                 "number of steps and strength must be those of the recorded run"
             )
         return kept.to(device)
+
+
+def uncut(control: Tensor, shown_size: Size, image_size: Size) -> tuple[Tensor, Size]:
+    """A control of an image that is cut out of the middle of a resized one, on all of that one; and its size.
+
+    As PixArt's pipelines resize and cut (VaeImageProcessor.resize_and_crop_tensor). Images are continued by their
+    edges; what is neither an image (B, C, H, W) nor keypoints (B, P, 18, 3) is left alone.
+    """
+    ratio = max(shown_size[0] / image_size[0], shown_size[1] / image_size[1])
+    resized = (int(image_size[0] * ratio), int(image_size[1] * ratio))
+    top, left = ((whole - part) // 2 for whole, part in zip(resized, shown_size, strict=True))
+    if control.ndim != 4:
+        return control, resized
+    if control.shape[-2:] == (len(KEYPOINTS), 3):
+        return control + control.new_tensor([left, top, 0]), resized
+    bottom, right = resized[0] - shown_size[0] - top, resized[1] - shown_size[1] - left
+    control = F.interpolate(control, size=shown_size, mode="bilinear", align_corners=False, antialias=True)
+    return F.pad(control, (left, right, top, bottom), mode="replicate"), resized
 
 
 def _to_tensor(control: Image | Sequence[Image]) -> Tensor:

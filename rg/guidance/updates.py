@@ -45,6 +45,8 @@ def alpha_bar(scheduler: SchedulerMixin, timestep: Tensor) -> Tensor:
     Sigmas come first, by the scheduler's own count of steps: fractional timesteps are in no table, and Karras spacing
     rounds several noise levels to one timestep.
     """
+    if hasattr(scheduler, "sigmas_interpol"):  # KDPM2 calls the model between its sigmas too
+        return type(scheduler).scale_model_input(scheduler, torch.ones(()), timestep) ** 2
     if not hasattr(scheduler, "sigmas"):
         return scheduler.alphas_cumprod[timestep.long().cpu()]
     index = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
@@ -53,15 +55,20 @@ def alpha_bar(scheduler: SchedulerMixin, timestep: Tensor) -> Tensor:
     return 1 / (1 + scheduler.sigmas[index] ** 2)
 
 
+# abar below which x_t holds no signal to steer. Schedules of zero terminal SNR end in 0, or in 2^-24 where a scheduler
+# keeps sigmas; others in 5e-3, and a hundred steps of such a schedule stay above 2e-5.
+NO_SIGNAL = 1e-5
+
+
 def noise_to_output(delta: Tensor, prediction_type: str, abar: Tensor) -> Tensor:
     """A change of the noise prediction as a change of the model's output, at fixed x_t.
 
     v = (eps - sqrt(1 - abar) x_t) / sqrt(abar) (Salimans and Ho, 2022), so delta_v = delta_eps / sqrt(abar); zero where
-    abar is zero, since x_t then holds no signal to steer.
+    abar is below NO_SIGNAL.
     """
     if prediction_type == "epsilon":
         return delta
-    return delta / abar.sqrt() if abar > 0 else torch.zeros_like(delta)
+    return delta / abar.sqrt() if abar > NO_SIGNAL else torch.zeros_like(delta)
 
 
 def output_to_noise(output: Tensor, x_t: Tensor, prediction_type: str, abar: Tensor) -> Tensor:

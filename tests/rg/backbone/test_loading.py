@@ -6,10 +6,13 @@ import shutil
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from safetensors.torch import load, save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.backbone.loading import check_folder, find_pipeline, load_pipeline
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
+from tests.checkpoints import save_checkpoint
 from tests.families import FAMILIES, MODELS, build, denoise
 
 
@@ -176,3 +179,75 @@ def test_a_repository_in_the_hubs_cache_loads_offline_and_a_part_of_it_is_named(
     (snapshot / "text_encoder_2/model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"text_encoder_2/\*\.safetensors"):
         load_pipeline("somebody/tiny")
+
+
+@pytest.fixture
+def checkpoint(tokenizer, tmp_path):
+    """Writes a tiny pipeline as a single file, its configuration beside it: checkpoint("sd15") -> (pipeline, path)."""
+
+    def write(model):
+        pipe = build(model, tokenizer)
+        if model == "sdxl":  # whose text encoders differ in width: by that the file's are told apart
+            torch.manual_seed(0)
+            for name, kind, width in (
+                ("text_encoder", CLIPTextModel, 4),
+                ("text_encoder_2", CLIPTextModelWithProjection, 12),
+            ):
+                config = getattr(pipe, name).config
+                setattr(pipe, name, kind(type(config)(**{**config.to_dict(), "hidden_size": width})).eval())
+        pipe.save_pretrained(tmp_path)
+        for file in tmp_path.rglob("*.safetensors"):
+            file.unlink()
+        save_checkpoint(pipe, tmp_path / "model.safetensors")
+        return pipe, tmp_path / "model.safetensors"
+
+    return write
+
+
+@pytest.mark.parametrize("model", ["sd15", "sd21", "sdxl"])
+def test_a_single_file_loads_offline(checkpoint, model):
+    pipe, path = checkpoint(model)
+    backbone = DiffusionBackbone.from_pretrained(str(path), device="cpu")
+    assert type(backbone.pipeline) is type(pipe)
+    assert backbone.pipeline.scheduler.config.prediction_type == pipe.scheduler.config.prediction_type
+    torch.testing.assert_close(denoise(backbone.pipeline, model, steps=2), denoise(pipe, model, steps=2))
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    for one, other in zip(backbone.encode(images), DiffusionBackbone(pipe).encode(images), strict=True):
+        torch.testing.assert_close(one, other)
+    assert load_pipeline(str(path), precision="bfloat16").unet.dtype == torch.bfloat16
+
+
+def test_a_single_file_that_is_none_is_one_clear_error(checkpoint, tmp_path):
+    _, path = checkpoint("sd15")
+    whole = path.read_bytes()
+    tensors = load(whole)  # not mapped: the file is written anew
+    denoiser = {name: value for name, value in tensors.items() if name.startswith("model.diffusion_model.")}
+    lacking = {name: value for name, value in tensors.items() if ".middle_block.0." not in name}
+    narrow = {name: value[..., :4] if name.endswith("attn2.to_k.weight") else value for name, value in tensors.items()}
+
+    def refused(words, kind=ValueError, path=path):
+        with pytest.raises(kind, match=words) as caught:
+            load_pipeline(str(path))
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+    for content, words in (
+        (whole[:-10], rf"half downloaded: expected {len(whole)} bytes, found {len(whole) - 10}"),
+        (b"<html>not found</html>", "is no safetensors file"),
+        (b"", "is no safetensors file"),
+    ):
+        path.write_bytes(content)
+        refused(words)
+    for held, words in (
+        (denoiser, "expected a whole model, found no autoencoder and no text encoder"),
+        ({"lora_unet_down.weight": torch.zeros(2)}, "expected a whole model, found no denoiser"),
+        (lacking, "expected all weights of the model, some are missing"),
+        (narrow, "cannot be loaded: .*shape"),
+    ):
+        save_file({name: value.contiguous() for name, value in held.items()}, path)
+        refused(words)
+    refused("expected a file of safetensors", FileNotFoundError, tmp_path / "absent.safetensors")
+    (tmp_path / "model.ckpt").write_bytes(whole)
+    refused(r"expected .safetensors, got '.ckpt'", path=tmp_path / "model.ckpt")
+    path.write_bytes(whole)
+    (tmp_path / "model_index.json").unlink()
+    refused("expected its configuration beside it", FileNotFoundError)

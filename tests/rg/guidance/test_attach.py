@@ -7,6 +7,7 @@ import accelerate
 import pytest
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKL,
     DDPMPipeline,
     DDPMScheduler,
@@ -16,10 +17,12 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    MotionAdapter,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGPipeline,
+    StableDiffusionPanoramaPipeline,
     UNet2DModel,
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -225,6 +228,22 @@ def test_pipelines_without_the_taps_are_named():
     refuse(DDPMPipeline(unet, DDPMScheduler()), strong(), "makes images from text, got a DDPMPipeline")
 
 
+def test_pipelines_whose_batch_is_not_images_are_named(tokenizer):
+    parts = build("sd15", tokenizer).components
+    parts = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    small = {"motion_layers_per_block": 1, "motion_norm_num_groups": 4, "motion_num_attention_heads": 2}
+    motion = MotionAdapter(block_out_channels=(8, 16), **small)
+    frames = AnimateDiffPipeline(**parts, motion_adapter=motion)
+    others = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    for pipe, words in (
+        (frames, "expected a batch of images, num_images_per_prompt of each text, got a AnimateDiffPipeline"),
+        (StableDiffusionPanoramaPipeline(**parts, **others), "StableDiffusionPanoramaPipeline has one per window"),
+    ):
+        for attach in (strong().attach, DiffusionBackbone):
+            with pytest.raises(ValueError, match=words), attach(pipe):
+                pass
+
+
 def test_three_branches_are_refused(tokenizer):
     parts = build("sd15", tokenizer).components
     refuse(StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False), strong(), "has three")
@@ -249,7 +268,7 @@ def test_heads_that_do_not_fit_are_named_and_the_pipeline_is_left_alone(tokenize
     ):
         refuse(pipe, ReadoutGuidance([GuidanceTerm(head, target)]), words)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-    refuse(pipe, strong(), "FlowMatchEulerDiscreteScheduler has none")
+    refuse(pipe, strong(), "got FlowMatchEulerDiscreteScheduler")
     pipe.scheduler = EulerDiscreteScheduler()
     adam = ReadoutGuidance([GuidanceTerm(brightness)], update="adam")
     refuse(pipe, adam, "DDIMScheduler, got EulerDiscreteScheduler")

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -14,6 +15,7 @@ from diffusers import (
 
 from rg.backbone.denoiser import embed_time, taps
 from rg.backbone.diffusion import DiffusionBackbone
+from rg.guidance.attach import SCHEDULERS as PROMISED
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
 
@@ -60,6 +62,18 @@ def test_scale_zero_is_no_guidance(
     same = denoise(pipe, guidance, images=2, guidance_scale=guidance_scale)
     torch.testing.assert_close(same, plain, rtol=1e-5, atol=1e-5)
     assert len(guidance.trace) == len(pipe.scheduler.timesteps)
+
+
+@pytest.mark.parametrize("name", [name for name in PROMISED if getattr(diffusers, name) not in SCHEDULERS])
+def test_every_promised_scheduler_runs_guided(tiny_pipeline, tiny_head, poses, denoise, name):
+    pipe = tiny_pipeline(scheduler=getattr(diffusers, name))
+    terms = [GuidanceTerm(tiny_head(pipe.unet), FixedTarget(poses(1)))]
+    plain = denoise(pipe, steps=3)
+    guidance = ReadoutGuidance(terms, readout_scale=0.0)
+    torch.testing.assert_close(denoise(pipe, guidance, steps=3), plain, rtol=1e-5, atol=1e-5)
+    assert len(guidance.trace) == len(pipe.scheduler.timesteps)
+    guided = denoise(pipe, ReadoutGuidance(terms, readout_scale=1.0, normalize="rms"), steps=3)
+    assert guided.isfinite().all() and not torch.allclose(guided, plain, atol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """References: recorded once, compared with step by step, from generated images and from real ones."""
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from rg.backbone.denoiser import denoiser_of
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.backbone.inversion import invert
+from rg.backbone.inversion import MIRRORED, invert
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import ReferenceTarget
 from rg.heads.protocol import EnergyHead, FunctionHead
@@ -192,12 +193,41 @@ def test_inversion_is_exact_where_the_noise_prediction_is_constant(tokenizer):
     torch.testing.assert_close(noise, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", MIRRORED)
+def test_the_schedulers_that_inversion_mirrors_lead_back(tokenizer, name):
+    pipe = build("sd15", tokenizer)
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.mul_(0.02)  # as above
+    latents, backbone = starts(2), DiffusionBackbone(pipe)
+    # As a user makes it: its settings say nothing of clipping, or carry what another scheduler did.
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    clips = {} if "DDIM" not in name else {"clip_sample": False}
+    pipe.scheduler = getattr(diffusers, name)(**schedule, **clips)
+    if pipe.scheduler.config.get("timestep_spacing") == "linspace":
+        pipe.scheduler.register_to_config(timestep_spacing="leading")
+    noise = invert(backbone, latents, num_inference_steps=20)
+    back = denoise(pipe, "sd15", steps=20, guidance_scale=1.0, latents=noise, prompt=["", ""])
+    assert (back - latents).norm() / latents.norm() < 0.06
+
+
 def test_schedules_without_an_inverse_are_named(tokenizer):
     backbone = DiffusionBackbone(build("sd15", tokenizer))
     with pytest.raises(ValueError, match="num_inference_steps: expected 1 to 1000, got 0"):
         invert(backbone, starts(1), num_inference_steps=0)
     with pytest.raises(FloatingPointError, match="expected finite noise after 2 steps"):
         invert(backbone, starts(1) * float("nan"), num_inference_steps=2)
+    noisy = {"DDPMScheduler": {}, "EulerAncestralDiscreteScheduler": {}, "LCMScheduler": {}}
+    noisy |= {"DPMSolverMultistepScheduler": {"algorithm_type": "sde-dpmsolver++"}}
+    own = backbone.pipeline.scheduler
+    for name, settings in noisy.items():
+        backbone.pipeline.scheduler = getattr(diffusers, name).from_config(own.config, **settings)
+        with pytest.raises(ValueError, match=settings.get("algorithm_type", rf"{name} does not lead .*DDIMScheduler")):
+            invert(backbone, starts(1), num_inference_steps=2)
+    for settings in ({"clip_sample": True}, {"thresholding": True}):
+        backbone.pipeline.scheduler = type(own).from_config(own.config, **settings)
+        with pytest.raises(ValueError, match=f"expected {next(iter(settings))}=False, got True"):
+            invert(backbone, starts(1), num_inference_steps=2)
+    backbone.pipeline.scheduler = own
     backbone.pipeline.scheduler.register_to_config(timestep_spacing="linspace")
     with pytest.raises(ValueError, match=r"timestep_spacing of \('leading', 'trailing'\), got 'linspace'"):
         invert(backbone, starts(1), num_inference_steps=2)

@@ -1,3 +1,6 @@
+import inspect
+
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -5,11 +8,10 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
 )
 
-from rg.guidance.attach import check_scheduler, shift_scheduler_input
+from rg.guidance.attach import SCHEDULERS, check_scheduler, shift_scheduler_input
 from rg.guidance.updates import alpha_bar, noise_to_output, output_to_noise
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -56,6 +58,36 @@ def test_alpha_bar_is_the_noise_level_of_the_sample_that_the_denoiser_sees(name,
         torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
         output = noise if prediction_type == "epsilon" else abar.sqrt() * noise - (1 - abar).sqrt() * x0
         sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {"num_train_timesteps": 200}) for name in SCHEDULERS),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("UniPCMultistepScheduler", {"use_karras_sigmas": True}),
+        ("KDPM2DiscreteScheduler", {"use_karras_sigmas": True, "num_train_timesteps": 200}),
+    ],
+)
+def test_abar_is_that_of_every_sample_which_a_promised_scheduler_gives_the_model(name, changes):
+    # Also of those that add noise or call the model twice a step: what it is given has mean sqrt(abar_t) x0 and
+    # variance 1 - abar_t, if it predicts the true noise; x0 = 1.
+    scheduler, generator = make(getattr(diffusers, name), **changes), torch.Generator().manual_seed(0)
+    check_scheduler(scheduler, "score")
+    scheduler.set_timesteps(8)
+    first, noise = scheduler.timesteps[0], torch.randn(1, 1, 200, 200, generator=generator)
+    abar = alpha_bar(scheduler, first)
+    x = (abar.sqrt() + (1 - abar).sqrt() * noise) / scheduler.scale_model_input(torch.ones(1), first)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    for timestep in scheduler.timesteps:
+        seen = scheduler.scale_model_input(x, timestep)
+        abar = alpha_bar(scheduler, timestep)
+        assert seen.mean() ** 2 == pytest.approx(abar.item(), abs=0.015)
+        assert seen.var() == pytest.approx(1 - abar.item(), abs=0.02)
+        output = (seen - abar.sqrt()) / (1 - abar).sqrt()
+        given = {"generator": generator} if takes_generator else {}
+        x = scheduler.step(output, timestep, x, return_dict=False, **given)[0]
 
 
 def test_karras_spacing_repeats_timesteps_at_different_noise_levels():
@@ -106,8 +138,16 @@ def test_v_prediction_and_noise_prediction_change_together():
         assert torch.equal(output_to_noise(eps, x_t, "epsilon", abar), eps)
 
 
-def test_without_signal_a_v_prediction_is_left_alone():
-    assert torch.equal(noise_to_output(torch.ones(1, 2), "v_prediction", torch.tensor(0.0)), torch.zeros(1, 2))
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+@pytest.mark.parametrize("karras", [False, True])
+def test_without_signal_a_v_prediction_is_left_alone(scheduler, karras):
+    scheduler = make(scheduler, rescale_betas_zero_snr=True, timestep_spacing="trailing", use_karras_sigmas=karras)
+    scheduler.set_timesteps(50)
+    scheduler.set_begin_index(0) if hasattr(scheduler, "set_begin_index") else None
+    abar = alpha_bar(scheduler, scheduler.timesteps[0])
+    assert torch.equal(noise_to_output(torch.ones(1, 2), "v_prediction", abar), torch.zeros(1, 2))
+    for level in 10.0 ** torch.linspace(-10, 0, 50):
+        assert noise_to_output(torch.ones(1), "v_prediction", level).item() < 320
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler, PNDMScheduler, DPMSolverMultistepScheduler])
@@ -117,8 +157,14 @@ def test_schedulers_with_a_rule_pass(scheduler):
 
 
 def test_schedulers_without_a_rule_are_named():
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has none"):
-        check_scheduler(FlowMatchEulerDiscreteScheduler(), "score")
+    others = {name for name in dir(diffusers) if name.endswith("Scheduler") and name not in SCHEDULERS}
+    assert {"FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "DPMSolverSDEScheduler"} <= others
+    for name in others:
+        kind = getattr(diffusers, name)
+        with pytest.raises(ValueError, match=rf"variance-preserving one of .*DDIMScheduler.*, got {name}$"):
+            check_scheduler(object.__new__(kind), "score")
+    with pytest.raises(ValueError, match="use_flow_sigmas=False, got True: DPMSolverMultistepScheduler"):
+        check_scheduler(make(DPMSolverMultistepScheduler, use_flow_sigmas=True), "score")
     with pytest.raises(ValueError, match=r"prediction_type is 'sample', expected one of \('epsilon', 'v_prediction'\)"):
         check_scheduler(make(DDIMScheduler, prediction_type="sample"), "score")
     with pytest.raises(ValueError, match="DDIMScheduler, got EulerDiscreteScheduler; use update=score"):

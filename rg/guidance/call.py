@@ -1,0 +1,51 @@
+"""The pipeline's call that a guided step answers: whose it is, and what of its arguments guidance has to know."""
+
+import inspect
+from dataclasses import dataclass
+
+from diffusers import DiffusionPipeline
+
+from rg.points import Size
+
+
+@dataclass(frozen=True)
+class Call:
+    """images_per_prompt: how often prompts, and so controls, are repeated, one after the other.
+
+    image_size: (height, width) of the images that come out where the pipeline makes larger ones and cuts their middle
+        out (PixArt's resolution binning), else None.
+    """
+
+    images_per_prompt: int
+    image_size: Size | None
+
+
+def running_call(pipe: DiffusionPipeline) -> Call:
+    """The call of `pipe` from which its denoiser is being called.
+
+    Pipelines that share a denoiser share its hooks: only the stack says whose branches, steps and scheduler these are.
+
+    Raises:
+        ValueError: another pipeline calls the denoiser, or none.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        # Other frames' variables are left alone: reading them would keep their tensors alive.
+        caller = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
+        if isinstance(caller, DiffusionPipeline):
+            break
+        frame = frame.f_back
+    if frame is None or caller is not pipe:
+        found = "a call from outside it" if frame is None else f"one of {type(caller).__name__} with the same denoiser"
+        raise ValueError(f"pipeline: guidance is attached to a {type(pipe).__name__}, got {found}; attach to what runs")
+    given = frame.f_locals
+    size = (given["orig_height"], given["orig_width"]) if "orig_height" in given else None
+    return Call(given.get("num_images_per_prompt") or 1, size)
+
+
+def check_call(pipe: DiffusionPipeline, update: str) -> None:
+    """Raises ValueError when a running call has arguments that guidance has no rule for."""
+    if getattr(pipe, "guidance_rescale", 0.0) > 0 and update == "score":
+        raise ValueError("guidance_rescale: it would rescale the score update too; expected 0.0")
+    if getattr(pipe, "do_perturbed_attention_guidance", False):
+        raise ValueError(f"pag_scale: expected 0, got {pipe.pag_scale}: perturbed attention adds a third branch")
