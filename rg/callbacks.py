@@ -76,10 +76,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Raises:
         ValueError: there are checkpoints, and none is whole.
     """
-    errors = []
-    for path in (folder / LAST, folder / PREVIOUS):
-        if not path.is_file():
-            continue
+    errors: list[str] = []
+    paths = (folder / LAST, folder / PREVIOUS)
+    for path in paths if any(path.exists() for path in paths) else ():
         try:
             read_checkpoint(path)
         except ValueError as error:
@@ -102,7 +101,8 @@ class Checkpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         with atomic(path) as temporary:
-            torch.save({**checkpoint, "digest": digest(checkpoint)}, temporary)
+            with temporary.open("wb") as stream:  # torch's own would not say what the disk lacks
+                torch.save({**checkpoint, "digest": digest(checkpoint)}, stream)
             if path.name == LAST and _is_whole(path):
                 with atomic(path.with_name(PREVIOUS)) as copy:
                     shutil.copyfile(path, copy)

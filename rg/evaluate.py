@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.cli import command, link_latest, load_configured_head
+from rg.cli import claimed, command, link_latest, load_configured_head
 from rg.data.samples import Groups, Samples
 from rg.data.shards import read_shards
 from rg.detectors.keypoints import Detection, KeypointDetector
@@ -219,8 +219,13 @@ class Evaluation:
 
 
 def evaluate(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
-    """Runs the evaluation that `cfg` describes in run_dir, prints the table, and points `latest` at it."""
-    results = Evaluation(cfg, run_dir).run()
+    """Runs the evaluation that `cfg` describes in run_dir, prints the table, and points `latest` at it.
+
+    Raises:
+        ValueError: another process works in run_dir; see Evaluation.
+    """
+    with claimed(run_dir):
+        results = Evaluation(cfg, run_dir).run()
     link_latest(run_dir)
     print(table(results) + f"\n{run_dir}/grid.png\n{run_dir}/results.json")
     return results

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from lightning import LightningModule
 from pydantic import Field
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from rg.heads.aggregation import AggregationNetwork
@@ -197,8 +197,7 @@ class ReadoutHead(LightningModule):
         tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in self.state_dict().items()}
         record = {"class": type(self).__name__, "hyperparameters": dict(self.hparams)}
         with atomic(folder / "head.json") as settings, atomic(folder / "head.safetensors") as weights:
-            save_file(tensors, weights)
-            weights.chmod(0o644)  # safetensors writes for the owner alone
+            weights.write_bytes(save(tensors))
             settings.write_text(json.dumps(record, indent=1) + "\n")
 
     @classmethod
