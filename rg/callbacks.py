@@ -1,6 +1,7 @@
 """What a training run leaves and shows: its checkpoints, its progress, images and charts, for W&B and as files."""
 
 import hashlib
+import io
 import logging
 import shutil
 from collections.abc import Mapping
@@ -101,8 +102,9 @@ class Checkpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         with atomic(path) as temporary:
-            with temporary.open("wb") as stream:  # torch's own would not say what the disk lacks
-                torch.save({**checkpoint, "digest": digest(checkpoint)}, stream)
+            stream = io.BytesIO()
+            torch.save({**checkpoint, "digest": digest(checkpoint)}, stream)
+            temporary.write_bytes(stream.getbuffer())  # torch itself would not say that the disk is full
             if path.name == LAST and _is_whole(path):
                 with atomic(path.with_name(PREVIOUS)) as copy:
                     shutil.copyfile(path, copy)

@@ -72,7 +72,13 @@ def command(config_name: str, stopped: str = "the same command goes on") -> Call
                 check(cfg, added_names(sys.argv[1:]))
                 if not cfg.get("verbose"):
                     quiet_libraries()
-                return function(cfg)
+                try:
+                    return function(cfg)
+                except OSError as error:
+                    if not error.errno or error.filename is not None:
+                        raise
+                    # What a library writes into the run's folder, its tables and logs, does not say where.
+                    raise OSError(error.errno, error.strerror, cfg.get("run_dir", ".")) from error
 
             main_of = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
             shown = os.environ.get("HYDRA_FULL_ERROR")

@@ -28,7 +28,9 @@ from rg.detectors import AttributeClassifier, KeypointDetector
 from rg.edit import Frame, parse_boxes, parse_drag, parse_terms
 from rg.heads import load_head, released
 from rg.heads.spatial import SpatialHead
+from rg.io.files import read_json
 from rg.io.images import load_control, open_image, open_mask, open_saved, pixels, save_image
+from rg.io.records import validate
 from rg.report import read_record
 from rg.settings import check
 from tests import families
@@ -232,7 +234,7 @@ def make_edit_words(folder: Path) -> None:
 
 
 def read_edit_words(folder: Path) -> Any:
-    words = json.loads((folder / "words.json").read_text())
+    words = validate(dict[str, Any], read_json(folder / "words.json"), "words.json")
     cfg = OmegaConf.create({"drag": None, "boxes": None, "terms": ["a"], **words})
     check(cfg)
     frame = Frame(SIZE, (64, 64))
@@ -254,7 +256,9 @@ FILES = {
     "checkpoint": Kind(make_checkpoints, read_checkpoints, weight=2),
     "released head": Kind(make_released, lambda folder: weights(released.load(folder / "head.pt")), weight=2),
     "evaluated images": Kind(make_evaluated, read_evaluated, weight=2),
-    "results of runs": Kind(make_runs, lambda folder: (evaluation_table(folder), training_table(folder)), weight=2),
+    "results of runs": Kind(
+        make_runs, lambda folder: (evaluation_table(folder), training_table(folder)), named=("run-",), weight=2
+    ),
     "pipeline": Kind(make_pipeline, read_pipeline, named=("backbone",), weight=3),
     "words of an edit": Kind(make_edit_words, read_edit_words, named=("drag", "boxes", "terms"), weight=1.5),
 }

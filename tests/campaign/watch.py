@@ -150,10 +150,12 @@ class _Seen:
         if event in PROGRAMS:
             self.found.append((PROGRAM, f"{event} {arguments[:2]!r}"[:300]))
         changed = event in CHANGES or (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING)
-        if changed and isinstance(arguments[0], str | bytes | os.PathLike):
-            path = os.path.abspath(os.fsdecode(arguments[0]))  # noqa: PTH100  no link is followed
-            if not path.startswith((self.folder, "/dev/")):
-                self.found.append((OUTSIDE, f"{event} {path}"[:300]))
+        places = {"os.rename": arguments[:2], "os.link": arguments[1:2], "os.symlink": arguments[1:2]}
+        for place in places.get(event, arguments[:1]) if changed else ():
+            if isinstance(place, str | bytes | os.PathLike):
+                path = os.path.abspath(os.fsdecode(place))  # noqa: PTH100  no link is followed
+                if not path.startswith((f"{self.folder}/", "/dev/")):
+                    self.found.append((OUTSIDE, f"{event} {path}"[:300]))
 
 
 def digest(content: Any) -> str:
