@@ -19,11 +19,12 @@ from tqdm import tqdm
 from rg.cli import refresh_seconds
 from rg.heads.base import ReadoutHead
 from rg.io.figures import bar_chart, image_grid, save_figure
-from rg.io.files import atomic
+from rg.io.files import atomic, require_file
 
 log = logging.getLogger(__name__)
 # The newest checkpoint of a run, and the one before.
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+MAX_BYTES = 2**40
 
 
 def digest(content: Any) -> str:
@@ -56,6 +57,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged or not ours.
     """
+    require_file(path, MAX_BYTES)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
         expected, found = content.pop("digest", None), digest(content)

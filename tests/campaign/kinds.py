@@ -216,6 +216,10 @@ def make_runs(folder: Path) -> None:
         (run / "csv/version_0/metrics.csv").write_text("\n".join(lines) + "\n")
 
 
+def read_runs(folder: Path) -> tuple[str, str]:
+    return evaluation_table(folder), training_table(folder)
+
+
 def make_pipeline(folder: Path) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "rg/models/marionette/tokenizer")
     families.build("sd15", tokenizer).save_pretrained(folder)
@@ -241,24 +245,24 @@ def read_edit_words(folder: Path) -> Any:
     return parse_drag(cfg.drag, frame), parse_boxes(cfg.boxes, frame), parse_terms(cfg.terms)
 
 
+def read_network(network: type[KeypointDetector] | type[AttributeClassifier]) -> Callable[[Path], Any]:
+    return lambda folder: weights(network.from_pretrained(folder))
+
+
 FILES = {
     **{f"image {ending}": image_kind(ending) for ending in ("png", "jpg", "webp", "bmp", "tiff")},
     "mask": Kind(make_mask, read_mask),
     "folder of images": Kind(make_folders, read_folders, weight=4),
     "control": Kind(make_control, lambda folder: load_control(folder / "control.json", SIZE), weight=1.5),
-    "head": Kind(make_head, lambda folder: weights(load_head(folder)), weight=2),
-    "detector": Kind(make_detector, lambda folder: weights(KeypointDetector.from_pretrained(folder)), weight=1.5),
-    "classifier": Kind(
-        make_classifier, lambda folder: weights(AttributeClassifier.from_pretrained(folder)), weight=1.5
-    ),
+    "head": Kind(make_head, lambda folder: weights(load_head(folder)), named=("head.",), weight=2),
+    "detector": Kind(make_detector, read_network(KeypointDetector), named=("model.safetensors",), weight=1.5),
+    "classifier": Kind(make_classifier, read_network(AttributeClassifier), named=("model.safetensors",), weight=1.5),
     "shards": Kind(make_samples, lambda folder: vars(read_shards(folder)), weight=4),
     "shards of groups": Kind(make_groups, lambda folder: vars(read_shards(folder)), weight=3),
     "checkpoint": Kind(make_checkpoints, read_checkpoints, weight=2),
     "released head": Kind(make_released, lambda folder: weights(released.load(folder / "head.pt")), weight=2),
     "evaluated images": Kind(make_evaluated, read_evaluated, weight=2),
-    "results of runs": Kind(
-        make_runs, lambda folder: (evaluation_table(folder), training_table(folder)), named=("run-",), weight=2
-    ),
+    "results of runs": Kind(make_runs, read_runs, named=("run-",), weight=2),
     "pipeline": Kind(make_pipeline, read_pipeline, named=("backbone",), weight=3),
     "words of an edit": Kind(make_edit_words, read_edit_words, named=("drag", "boxes", "terms"), weight=1.5),
 }

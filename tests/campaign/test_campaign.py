@@ -42,14 +42,13 @@ def test_the_watch_tells_outcomes_apart(tmp_path: Path, read, expected):
     folder = tmp_path / "case"
     folder.mkdir()
     (folder / NAME).write_text("{}")
-    outcome = watch.run(
-        lambda: read(folder), folder, [NAME], watch.digest(1), seconds=1 if expected == watch.HANG else 20
-    )
+    seconds = 1 if expected == watch.HANG else 20
+    outcome = watch.run(lambda: read(folder), folder, [NAME], watch.digest(1), seconds)
     assert outcome.name == expected, outcome.detail
 
 
 def test_damaged_files_of_every_kind_are_refused_skipped_or_read(tmp_path: Path):
     kinds = {name: kind for name, kind in FILES.items() if name != "pipeline"}
-    cases = run_cases(kinds, tmp_path, seed=1, count=80)
+    cases = run_cases(kinds, tmp_path, seed=1, count=40)
     assert not [case for case in cases if case["outcome"] in watch.BAD]
-    assert Counter(case["outcome"] for case in cases)[watch.CLEAR] > 30
+    assert Counter(case["outcome"] for case in cases)[watch.CLEAR] > 15

@@ -1,3 +1,4 @@
+import os
 import resource
 
 import numpy as np
@@ -163,3 +164,5 @@ def test_a_checkpoint_that_is_gone_is_said(tmp_path, caplog):
     save(tmp_path, 1, 2)
     (tmp_path / "last.ckpt").unlink()
     assert newest_checkpoint(tmp_path) == tmp_path / "previous.ckpt" and "last.ckpt" in caplog.text
+    os.mkfifo(tmp_path / "last.ckpt")  # is not waited for
+    assert newest_checkpoint(tmp_path) == tmp_path / "previous.ckpt"

@@ -364,9 +364,9 @@ def test_a_stopped_command_says_what_is_kept(number, tmp_path):
 
 
 def test_a_folder_takes_one_process(tmp_path):
-    with claimed(tmp_path / "run"):
-        with pytest.raises(ValueError, match=rf"^{tmp_path}/run: .*another process"), claimed(tmp_path / "run"):
-            pass
+    other = claimed(tmp_path / "run")
+    with claimed(tmp_path / "run"), pytest.raises(ValueError, match=rf"^{tmp_path}/run: .*another process"):
+        other.__enter__()
     with claimed(tmp_path / "run"):
         pass
 
