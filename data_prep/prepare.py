@@ -3,13 +3,15 @@
 `python -m data_prep.prepare data=pose n=8500` builds the split "train" of data/marionette_pose.
 """
 
+import logging
 import platform
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -19,6 +21,7 @@ from rg.cli import command
 from rg.data.samples import SPLITS, DataError
 from rg.data.shards import Manifest
 
+log = logging.getLogger(__name__)
 PACKAGES = ("torch", "diffusers", "numpy", "pillow", "webdataset")
 
 
@@ -66,11 +69,25 @@ def build(
     wanted = Manifest(split, settings, encoder.autoencoder_id, _versions())
     folder = Path(root) / split
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    with _alone(folder):
         manifest = _open(folder, wanted)
         writer = ShardWriter(folder, manifest, maker, labels, encoder)
         (writer.fill if maker.count(split) is None else writer.write)(stop, shard_size)
     return manifest
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s is being made by another process: waiting", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _versions() -> dict[str, str]:
@@ -96,7 +113,7 @@ def _open(folder: Path, wanted: Manifest) -> Manifest:
     """The folder's manifest, or `wanted` where it has none; refuses one that was made otherwise."""
     for unfinished in folder.glob("*.part"):  # what a killed process was writing
         unfinished.unlink()
-    if not (folder / "manifest.json").is_file():
+    if not (folder / "manifest.json").exists():
         return wanted
     manifest = Manifest.read(folder)
     old = dict(_flat({**manifest.settings, "autoencoder_id": manifest.autoencoder_id}))

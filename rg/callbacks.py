@@ -1,6 +1,7 @@
 """What a training run leaves and shows: its checkpoints, its progress, images and charts, for W&B and as files."""
 
 import hashlib
+import io
 import logging
 import shutil
 from collections.abc import Mapping
@@ -18,11 +19,12 @@ from tqdm import tqdm
 from rg.cli import refresh_seconds
 from rg.heads.base import ReadoutHead
 from rg.io.figures import bar_chart, image_grid, save_figure
-from rg.io.files import atomic
+from rg.io.files import atomic, require_file
 
 log = logging.getLogger(__name__)
 # The newest checkpoint of a run, and the one before.
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+MAX_BYTES = 2**40
 
 
 def digest(content: Any) -> str:
@@ -55,6 +57,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged or not ours.
     """
+    require_file(path, MAX_BYTES)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
         expected, found = content.pop("digest", None), digest(content)
@@ -76,10 +79,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Raises:
         ValueError: there are checkpoints, and none is whole.
     """
-    errors = []
-    for path in (folder / LAST, folder / PREVIOUS):
-        if not path.is_file():
-            continue
+    errors: list[str] = []
+    paths = (folder / LAST, folder / PREVIOUS)
+    for path in paths if any(path.exists() for path in paths) else ():
         try:
             read_checkpoint(path)
         except ValueError as error:
@@ -102,7 +104,9 @@ class Checkpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         with atomic(path) as temporary:
-            torch.save({**checkpoint, "digest": digest(checkpoint)}, temporary)
+            stream = io.BytesIO()
+            torch.save({**checkpoint, "digest": digest(checkpoint)}, stream)
+            temporary.write_bytes(stream.getbuffer())  # torch itself would not say that the disk is full
             if path.name == LAST and _is_whole(path):
                 with atomic(path.with_name(PREVIOUS)) as copy:
                     shutil.copyfile(path, copy)

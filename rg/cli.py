@@ -15,9 +15,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 
 CONF = Path(__file__).parents[1] / "conf"
 OUTPUTS = "outputs"
-# ImportError: Hydra found no such _target_.
-BAD_INPUT = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
+# OSError: a folder that cannot be written to, a full disk; ImportError: Hydra found no such _target_.
+BAD_INPUT = (ValueError, OSError, FloatingPointError, ImportError)
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 # Overrides of earlier forms: the command (None: any), how the override begins, and what is written today.
 RENAMED = (
@@ -70,7 +72,13 @@ def command(config_name: str, stopped: str = "the same command goes on") -> Call
                 check(cfg, added_names(sys.argv[1:]))
                 if not cfg.get("verbose"):
                     quiet_libraries()
-                return function(cfg)
+                try:
+                    return function(cfg)
+                except OSError as error:
+                    if not error.errno or error.filename is not None:
+                        raise
+                    # What a library writes into the run's folder, its tables and logs, does not say where.
+                    raise OSError(error.errno, error.strerror, cfg.get("run_dir", ".")) from error
 
             main_of = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
             shown = os.environ.get("HYDRA_FULL_ERROR")
@@ -83,9 +91,9 @@ def command(config_name: str, stopped: str = "the same command goes on") -> Call
                 print("\nstopped: nothing has begun", file=sys.stderr)
                 raise SystemExit(INTERRUPTED) from None
             except Exception as error:
-                if shown == "1" or not (_of_configuration(error) or isinstance(error, ValueError)):
+                if shown == "1" or not (_of_configuration(error) or isinstance(error, BAD_INPUT)):
                     raise
-                raise SystemExit(f"error: {explain(config_name, error, sys.argv[1:])}") from None
+                raise SystemExit(_line(explain(config_name, error, sys.argv[1:]))) from None
             finally:
                 os.environ.pop("HYDRA_FULL_ERROR")
                 if shown is not None:
@@ -118,11 +126,16 @@ def one_line_errors(function: Callable[..., Any], stopped: str = "", stack: bool
             bad_input = next((e for e in (error, error.__cause__) if isinstance(e, BAD_INPUT)), None)
             if stack or (bad_input is None and not _of_configuration(error)):
                 raise
-            raise SystemExit(f"error: {bad_input or explain('', error, ())}") from None
+            raise SystemExit(_line(str(bad_input or explain("", error, ())))) from None
         finally:
             signal.signal(signal.SIGTERM, own)
 
     return wrapped
+
+
+def _line(text: str) -> str:
+    """An error as it is printed: in one line, also where a name in it has several."""
+    return "error: " + text.strip().replace("\n", "\\n").replace("\r", "\\r")
 
 
 def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -216,6 +229,8 @@ def _check_fits(name: str, word: str, file: Path) -> None:
 def explain(config_name: str, error: Exception, words: Sequence[str]) -> str:
     """What is wrong with overrides that do not compose, in one line."""
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    if (word := getattr(error, "override", None)) and word not in text:
+        text = f"{word}: {text}"
     if ambiguous := re.search(r"Ambiguous value for argument '(.*?)' 1\.", text):
         key, _, value = ambiguous[1].partition("=")
         return f"{ambiguous[1]}: a value with commas is quoted twice: '{key}=\"{value}\"'; in brackets it is a list"
@@ -331,6 +346,30 @@ def run_folder(name: str, overrides: str, resume: bool | str, chosen: dict[tuple
 OmegaConf.register_new_resolver("run_folder", lambda *asked: run_folder(*asked), replace=True)
 # W&B's id of a run follows from its folder: a resumed run continues its own charts.
 OmegaConf.register_new_resolver("run_id", lambda folder: "-".join(Path(folder).parts[-2:]), replace=True)
+
+
+@contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Keeps a run's folder to one process at a time; of a training on several devices the first rank alone asks.
+
+    Raises:
+        ValueError: another process works in it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"{run_dir}: expected a folder in which nobody works, found another process in it: wait for its end, or "
+            "begin a run of its own with another name=..."
+        ) from None
+    except NotImplementedError:  # not every file system has locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def link_latest(run_dir: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import shlex
 import sys
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.cli import command, link_latest, load_configured_head
+from rg.cli import claimed, command, link_latest, load_configured_head
 from rg.data.samples import Groups, Samples
 from rg.data.shards import read_shards
 from rg.detectors.keypoints import Detection, KeypointDetector
@@ -29,10 +30,10 @@ from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
 from rg.io.figures import image_grid, save_figure
 from rg.io.files import write_json, write_text
-from rg.io.images import from_bytes, open_image, pixels, save_image
+from rg.io.images import from_bytes, open_saved, pixels, save_image
 from rg.metrics.keypoints import box_side, check_alphas
 from rg.points import draw_skeletons
-from rg.report import CONDITIONS, distances_to, headline, score_images, summarise, table
+from rg.report import CONDITIONS, distances_to, headline, read_record, score_images, summarise, table
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,10 @@ class Evaluation:
         settings = {key: settings[key] for key in settings if key not in ("resume", "run_dir", "batch_size", "verbose")}
         text = json.dumps({"settings": settings, "head": weights.hexdigest()}, indent=1, sort_keys=True) + "\n"
         path = self.run_dir / "settings.json"
-        if path.is_file() and path.read_text() != text and (self.run_dir / "samples").is_dir():
-            aside = self.run_dir / f"samples-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+        if path.is_file() and path.read_bytes() != text.encode() and (self.run_dir / "samples").is_dir():
+            name = f"samples-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+            asides = (self.run_dir / f"{name}{ending}" for ending in ["", *(f"-{n}" for n in range(1, 10_000))])
+            aside = next(folder for folder in asides if not folder.exists())
             (self.run_dir / "samples").rename(aside)
             log.warning("this run was begun with another head or other settings; its samples are now in %s", aside)
         write_text(path, text)
@@ -110,12 +113,13 @@ class Evaluation:
 
     def run(self) -> dict[str, Any]:
         """Samples what is missing, writes results.json, table.md and grid.png, and returns the results."""
-        todo = [i for i in range(len(self.samples)) if not self.record_path(i).is_file()]
-        size = self.cfg.batch_size
-        batches = [todo[start : start + size] for start in range(0, len(todo), size)]
+        todo, size = set(self.unfinished()), self.cfg.batch_size
+        batches = [range(len(self.samples))[start : start + size] for start in range(0, len(self.samples), size)]
+        batches = [batch for batch in batches if not todo.isdisjoint(batch)]
         for batch in track(batches, description="sampling", disable=not batches):
-            self.sample(batch)
-        records = [json.loads(self.record_path(i).read_text()) for i in range(len(self.samples))]
+            # All of a batch, as without a break: the last bits of an image depend on how many are made at once.
+            self.sample(batch, todo)
+        records = [self.read(i) for i in range(len(self.samples))]
         results = summarise(records, self.cfg.alphas)
         images = {condition: self.images(condition) for condition in CONDITIONS}
         renders = torch.stack([sample["image"] for sample in self.samples])
@@ -128,8 +132,30 @@ class Evaluation:
         write_json(self.run_dir / "results.json", results)
         return results
 
-    def sample(self, positions: list[int]) -> None:
-        """Unguided and guided made from the same seeds, the autoencoder's own, and their scores."""
+    def read(self, position: int) -> dict[str, Any]:
+        """The record of a position whose images are all there; raises ValueError where a file of it is damaged."""
+        record = read_record(self.record_path(position), position, self.cfg.alphas)
+        shown = [*CONDITIONS, *(["readout"] if self.image_path(position, "readout").exists() else [])]
+        for condition in shown:
+            self.image(position, condition)
+        return record
+
+    def unfinished(self) -> list[int]:
+        """The positions that are still to be made; a damaged one is said."""
+        todo = []
+        for position in range(len(self.samples)):
+            try:
+                if self.record_path(position).exists():
+                    self.read(position)
+                    continue
+            except ValueError as error:
+                log.warning("%s; the images of position %d are made again", error, position)
+            todo.append(position)
+        return todo
+
+    def sample(self, positions: Sequence[int], todo: Collection[int]) -> None:
+        """Unguided and guided made from the same seeds, the autoencoder's own, and their scores; writes those of
+        `todo`."""
         batch = [self.samples[i] for i in positions]
         keypoints = torch.stack([sample["keypoints"] for sample in batch])
         control = self.head.control(default_collate(batch))
@@ -155,6 +181,8 @@ class Evaluation:
         rows = score_images(together, keypoints.repeat(len(made), 1, 1, 1), self.cfg.alphas)
         scores = {name: rows[i * len(batch) :][: len(batch)] for i, name in enumerate(made)}
         for row, position in enumerate(positions):
+            if position not in todo:
+                continue
             for condition, images in made.items():
                 save_image(images[row], self.image_path(position, condition))
             if readouts is not None:
@@ -164,14 +192,18 @@ class Evaluation:
 
     def images(self, condition: str, count: int | None = None) -> Tensor:
         """Saved images of a condition: (N, 3, H, W) in [-1, 1]."""
-        paths = [self.image_path(i, condition) for i in range(len(self.samples))[:count]]
-        return from_bytes(torch.stack([pixels(open_image(path)) for path in paths]))
+        return torch.stack([self.image(i, condition) for i in range(len(self.samples))[:count]])
+
+    def image(self, position: int, condition: str) -> Tensor:
+        """A saved image: (3, H, W) in [-1, 1], of the backbone's resolution, a readout of its own."""
+        size = self.backbone.resolution if condition in CONDITIONS else None
+        return from_bytes(pixels(open_saved(self.image_path(position, condition), size)))
 
     def grid(self, count: int = 10) -> Any:
         """Target pose, image it came from, unguided, guided, readout during guidance, detected pose."""
         size = self.backbone.resolution
         keypoints = self.samples.keypoints[:count]
-        points = [json.loads(self.record_path(i).read_text())["guided"]["points"] for i in range(len(keypoints))]
+        points = [self.read(i)["guided"]["points"] for i in range(len(keypoints))]
         asked = (keypoints[..., 2:] > 0).any(-2, keepdim=True).expand_as(keypoints[..., 2:])
         found = torch.cat([torch.tensor(points), asked], -1)
         shown = (4 * size[0], 4 * size[1])
@@ -180,15 +212,20 @@ class Evaluation:
             "unguided": (self.images("unguided", count) + 1) / 2,
             "guided": (self.images("guided", count) + 1) / 2,
         }
-        if self.image_path(0, "readout").is_file():
+        if all(self.image_path(i, "readout").is_file() for i in range(len(keypoints))):
             rows["readout"] = (self.images("readout", count) + 1) / 2
         rows["detected pose"] = draw_skeletons(found, size, shown, 6.0)
         return image_grid(rows)
 
 
 def evaluate(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
-    """Runs the evaluation that `cfg` describes in run_dir, prints the table, and points `latest` at it."""
-    results = Evaluation(cfg, run_dir).run()
+    """Runs the evaluation that `cfg` describes in run_dir, prints the table, and points `latest` at it.
+
+    Raises:
+        ValueError: another process works in run_dir; see Evaluation.
+    """
+    with claimed(run_dir):
+        results = Evaluation(cfg, run_dir).run()
     link_latest(run_dir)
     print(table(results) + f"\n{run_dir}/grid.png\n{run_dir}/results.json")
     return results

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from rg.detectors.keypoints import Detection, KeypointDetector
+from rg.io.files import read_json
 from rg.io.keypoints import Number
-from rg.io.records import Record
+from rg.io.records import Record, validate
 from rg.metrics.keypoints import box_side, match_people, measurable, pck
 from rg.metrics.statistics import kernel_distance, paired_gain
 
@@ -26,7 +28,7 @@ Point = Annotated[list[Number], Field(min_length=2, max_length=2)]
 class Scores(Record):
     """What `score_images` says of one image."""
 
-    pck: dict[str, dict[str, Share | None]]
+    pck: Annotated[dict[Literal["target", "predicted"], dict[str, Share | None]], Field(min_length=2)]
     confidence: Share
     present: bool
     points: list[Annotated[list[Point], Field(min_length=18, max_length=18)]]
@@ -37,17 +39,46 @@ class ImageRecord(Record):
 
     position: Annotated[int, Field(ge=0)]
     prompt: str
-    seconds: dict[str, Annotated[float, Field(ge=0)]]
+    seconds: Annotated[dict[Literal["unguided", "guided"], Annotated[float, Field(ge=0)]], Field(min_length=2)]
     unguided: Scores
     guided: Scores
     ceiling: Scores
 
 
-class Results(Record):
-    """What of results.json is read again: {alpha: {condition: {"mean", ...}}}, confidence by condition, images."""
+def read_record(path: Path, position: int, alphas: Sequence[float]) -> dict[str, Any]:
+    """Reads what an evaluation stored of one position, see ImageRecord.
 
-    pck: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-    confidence: dict[str, dict[str, float]]
+    Raises:
+        ValueError: the file is damaged, or of another position or other tolerances.
+    """
+    record = validate(ImageRecord, read_json(path), str(path)).model_dump()
+    expected = (position, {*map(str, alphas)})
+    for condition in CONDITIONS:
+        for shares in record[condition]["pck"].values():
+            if (found := (record["position"], {*shares})) != expected:
+                raise ValueError(f"{path}: expected position and tolerances {expected}, found {found}")
+    return record
+
+
+class Mean(Record):
+    """A mean over images; what stands beside it is not read again."""
+
+    mean: Share
+
+
+class Means(Record):
+    """Means under every condition."""
+
+    unguided: Mean
+    guided: Mean
+    ceiling: Mean
+
+
+class Results(Record):
+    """What of results.json is read again: PCK by alpha, confidence, number of images."""
+
+    pck: Annotated[dict[str, Means], Field(min_length=1)]
+    confidence: Means
     images: Annotated[int, Field(ge=1)]
 
 

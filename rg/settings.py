@@ -60,6 +60,8 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("commands.detector", "commands.classifier", "commands.card"), Words),
     **dict.fromkeys(("appearance_negatives", "identity_negatives", "kinds"), dict[str, Amount]),
     ".resume": bool | Literal["unfinished"],
+    **dict.fromkeys(("_partial_", "_recursive_"), bool),
+    "_convert_": Literal["none", "partial", "object", "all"],
     "split": Literal["train", "val", "search", "test"],
     "noise": Literal["new", "reference"],
     "update": Literal["score", "adam"],

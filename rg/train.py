@@ -1,16 +1,18 @@
 """Trains a readout head: python -m rg.train +experiment=pose_100"""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import seed_everything
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.callbacks import LAST, finish_wandb, newest_checkpoint
-from rg.cli import command, link_latest
+from rg.cli import claimed, command, link_latest
 from rg.heads.base import ReadoutHead
 
 log = logging.getLogger(__name__)
@@ -20,8 +22,13 @@ def train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
     """Trains the head that `cfg` describes and leaves it in <run_dir>/head; continues a checkpoint found there.
 
     Raises:
-        ValueError: every checkpoint there is damaged.
+        ValueError: every checkpoint there is damaged, or another process works in run_dir.
     """
+    with claimed(run_dir) if rank_zero_only.rank == 0 else nullcontext():
+        return _train(cfg, run_dir)
+
+
+def _train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
     seed_everything(cfg.seed, workers=True, verbose=False)
     backbone: DiffusionBackbone = instantiate(cfg.world.backbone)

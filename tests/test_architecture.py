@@ -22,7 +22,7 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/metrics/*": ({"rg.metrics", "rg.points"}, {"torch", "torchmetrics", "scipy"}),
     "rg/detectors/*": ({"rg.detectors", "rg.points", "rg.models", "rg.io"}, {"torch", "safetensors"}),
     "rg/data/*": ({"rg.data", "rg.points", "rg.io"}, ANY),
-    "rg/backbone/*": ({"rg.backbone", "rg.models", "rg.points"}, ANY),
+    "rg/backbone/*": ({"rg.backbone", "rg.models", "rg.points", "rg.io"}, ANY),
     "rg/heads/*": ({"rg.heads", "rg.backbone", "rg.metrics", "rg.points", "rg.models", "rg.io"}, ANY),
     "rg/guidance/*": ({"rg.guidance", "rg.backbone", "rg.heads", "rg.io", "rg.points"}, ANY),
     "rg/*.py": ({"rg"}, ANY),

@@ -75,7 +75,7 @@ def check_names(key: str, folder: str, files: Sequence[Path]) -> None:
 
 def read_prompt(file: Path) -> str:
     """The text of a file, "" where there is none; raises ValueError where it cannot be read."""
-    return read_text(file).strip() if file.exists() else ""
+    return read_text(file).strip() if file.exists() or file.is_symlink() else ""
 
 
 class FolderSource:

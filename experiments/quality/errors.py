@@ -11,16 +11,42 @@ from omegaconf import DictConfig
 from rg.cli import command
 from rg.data.shards import read_shards
 from rg.detectors.keypoints import MIRROR
+from rg.evaluate import measurable
 from rg.io.files import read_json, write_text
+from rg.io.records import Record, validate
 from rg.metrics.keypoints import box_side
 from rg.points import KEYPOINTS
+from rg.report import read_record
+
+
+class Data(Record):
+    """Where the images of an evaluation are."""
+
+    root: str
+
+
+class Settings(Record):
+    """What of an evaluation's settings is read again."""
+
+    data: Data
+    split: str
+    images: int
+    alphas: list[float]
+
+
+class Evaluated(Record):
+    """What settings.json holds."""
+
+    settings: Settings
 
 
 def errors(run_dir: Path, alpha: float = 0.1) -> str:
     """Markdown: errors that swapping left and right would mend, failed images, and PCK@alpha by keypoint."""
-    settings = read_json(run_dir / "settings.json")["settings"]
-    records = [read_json(path) for path in sorted((run_dir / "samples").glob("*.json"))]
-    samples = read_shards(Path(settings["data"]["root"]) / settings["split"], len(records))
+    path = run_dir / "settings.json"
+    settings = validate(Evaluated, read_json(path), str(path)).settings
+    samples = measurable(read_shards(Path(settings.data.root) / settings.split, settings.images))
+    paths = [run_dir / "samples" / f"{position:05d}.json" for position in range(len(samples))]
+    records = [read_record(path, position, settings.alphas) for position, path in enumerate(paths)]
     people = (samples.keypoints[..., 2] > 0).any(-1)  # every one of them counts alike
     keypoints = samples.keypoints[people]
     target, visible = keypoints[..., :2], keypoints[..., 2] > 0

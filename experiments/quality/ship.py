@@ -4,7 +4,9 @@ python -m experiments.quality.ship run=outputs/pose_8k5/latest name=pose_8k5
 """
 
 import csv
+import re
 from pathlib import Path
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig
@@ -12,8 +14,22 @@ from omegaconf import DictConfig
 from rg.cli import command
 from rg.heads import load_head
 from rg.heads.relative import RelativeHead
-from rg.io.files import write_text
+from rg.io.files import read_text, write_text
+from rg.io.records import validate
 from rg.models import MODELS
+
+T = TypeVar("T")
+MAX_LOG = 2**28  # bytes
+SCORE = r"val/.+_t\d+"  # the column of a score at a noise level
+
+
+def read_yaml(path: Path, schema: type[T]) -> T:
+    """What Hydra stored of a run, as the schema says; raises ValueError for a file that is missing or damaged."""
+    try:
+        content = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from error
+    return validate(schema, content, str(path))
 
 
 def final_scores(run_dir: Path) -> dict[str, float]:
@@ -21,12 +37,15 @@ def final_scores(run_dir: Path) -> dict[str, float]:
 
     Raises:
         FileNotFoundError: the run was never validated.
+        ValueError: the log is damaged.
     """
     scores: dict[str, float] = {}
     for path in sorted(run_dir.glob("csv/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime):
-        with path.open(newline="") as stream:
-            for row in csv.DictReader(stream):
-                scores |= {key: float(value) for key, value in row.items() if key.startswith("val/") and value}
+        try:
+            for row in csv.DictReader(read_text(path, MAX_LOG).splitlines()):
+                scores |= {key: float(value) for key, value in row.items() if re.fullmatch(SCORE, key or "") and value}
+        except (ValueError, TypeError, csv.Error) as error:
+            raise ValueError(f"{path}: expected the scores of validations, found {error}") from error
     if not scores:
         raise FileNotFoundError(f"{run_dir}: expected csv/version_*/metrics.csv with a validation, found none")
     return scores
@@ -35,9 +54,9 @@ def final_scores(run_dir: Path) -> dict[str, float]:
 def ship(run_dir: Path, name: str, models: Path = MODELS) -> Path:
     """Writes head and card into <models>/heads/<name>, in half precision; returns that folder."""
     scores = final_scores(run_dir)
-    words = yaml.safe_load((run_dir / ".hydra" / "overrides.yaml").read_text())
+    words = read_yaml(run_dir / ".hydra" / "overrides.yaml", list[str])
     overrides = [word for word in words if not word.startswith("resume=")]
-    config = yaml.safe_load((run_dir / ".hydra" / "config.yaml").read_text())
+    config = read_yaml(run_dir / ".hydra" / "config.yaml", dict[str, Any])
     head = load_head(run_dir / "head")
     folder = models / "heads" / name
     head.save_pretrained(folder, half=True)

@@ -5,12 +5,12 @@ python -m experiments.quality.sweeps run=outputs/sweep_dataset_size
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from omegaconf import DictConfig
 
-from experiments.quality.ship import final_scores
+from experiments.quality.ship import final_scores, read_yaml
 from rg.cli import command
 from rg.io.files import read_json, write_text
 from rg.io.records import validate
@@ -23,14 +23,18 @@ def read_runs(folder: Path) -> dict[str, list[dict[str, float]]]:
 
     Raises:
         FileNotFoundError: there is no finished run, or one was never scored.
+        ValueError: a file of a run is damaged, or runs differ in what was scored.
     """
     runs: dict[str, list[dict[str, float]]] = {}
     for head in sorted(folder.glob("*/head/head.json")):
         run_dir = head.parents[1]
         if not run_dir.is_symlink():
-            overrides = yaml.safe_load((run_dir / ".hydra" / "overrides.yaml").read_text())
+            overrides = read_yaml(run_dir / ".hydra" / "overrides.yaml", list[str])
             settings = " ".join(o for o in overrides if not o.startswith(("+sweep=", "seed=", "resume=")))
             runs.setdefault(settings, []).append(final_scores(run_dir))
+            expected = next(iter(runs.values()))[0]
+            if (found := runs[settings][-1]).keys() != expected.keys():
+                raise ValueError(f"{run_dir}: expected the scores {sorted(expected)}, found {sorted(found)}")
     if not runs:
         raise FileNotFoundError(f"{folder}: expected runs with head/head.json, found none")
     return runs
@@ -67,13 +71,16 @@ def evaluation_table(folder: Path) -> str:
 
     Raises:
         FileNotFoundError: there is no finished run.
+        ValueError: a file of a run is damaged, or runs differ in their tolerances.
     """
-    runs = []
+    runs: list[tuple[dict[str, Any], list[str]]] = []
     for path in sorted(folder.glob("*/results.json")):
         if path.parent.is_symlink():
             continue
-        overrides = yaml.safe_load((path.parent / ".hydra" / "overrides.yaml").read_text())
+        overrides = read_yaml(path.parent / ".hydra" / "overrides.yaml", list[str])
         results = validate(Results, read_json(path), str(path)).model_dump()
+        if runs and results["pck"].keys() != runs[0][0]["pck"].keys():
+            raise ValueError(f"{path}: pck: expected {[*runs[0][0]['pck']]}, found {[*results['pck']]}")
         runs.append((results, [o for o in overrides if not o.startswith("+")]))
     if not runs:
         raise FileNotFoundError(f"{folder}: expected runs with results.json, found none")

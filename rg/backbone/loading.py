@@ -4,16 +4,20 @@ import json
 import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import nn
 
+from rg.io.files import read_json, require_file
+from rg.io.records import validate
 from rg.models import locate
 
+T = TypeVar("T")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_WEIGHTS = 2**40  # bytes of one file
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Of single files: one of them names a file, whether it is there or not.
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -26,7 +30,7 @@ CHECKPOINT = {
     "text encoder": ("cond_stage_model.", "conditioner.embedders."),
 }
 # The one file or more that says a component which holds no weights is there.
-MARKS = {
+MARKER_FILES = {
     "Scheduler": "scheduler_config.json",
     "Tokenizer": "tokenizer_config.json",
     "TokenizerFast": "tokenizer_config.json",
@@ -58,7 +62,7 @@ def load_pipeline(path: str, *, precision: str = "float32", variant: str | None 
     settings = {"dtype": PRECISIONS[precision], "variant": variant, "use_safetensors": True, "local_files_only": True}
     try:
         return DiffusionPipeline.from_pretrained(folder, **settings, **absent)
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # the libraries behind tokenizers and weights have errors of their own
         raise ValueError(f"backbone {folder}: cannot be loaded: {_first_line(error)}") from None
 
 
@@ -134,22 +138,37 @@ def check_folder(folder: Path, variant: str | None = None) -> list[str]:
     index = folder / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"backbone {folder}: expected a diffusers folder with model_index.json, found none")
-    try:
-        entries = json.loads(index.read_text())
-        parts = {name: entry for name, entry in entries.items() if isinstance(entry, list) and None not in entry}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"backbone {folder}: model_index.json is damaged: {_first_line(error)}") from None
-    for name, (library, kind) in parts.items():
+    entries = _read_record(index)
+    parts = {name: entry for name, entry in entries.items() if isinstance(entry, list) and None not in entry}
+    for name, entry in parts.items():
+        library, kind = _checked(tuple[str, str], tuple(entry), f"{index}: {name}")
         if name in UNUSED:
             continue
         if not (folder / name).is_dir():
             raise FileNotFoundError(f"backbone {folder}: expected a folder {name} ({library} {kind}), found none")
-        mark = next((mark for ending, mark in MARKS.items() if kind.endswith(ending)), "config.json")
+        mark = next((mark for ending, mark in MARKER_FILES.items() if kind.endswith(ending)), "config.json")
         if not (folder / name / mark).is_file():
             raise FileNotFoundError(f"backbone {folder}: expected {name}/{mark}, found {_listing(folder / name)}")
+        for path in sorted((folder / name).glob("*.json")):
+            _read_record(path)
         if mark == "config.json":
             _check_weights(folder, name, variant)
     return list(parts)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        content = read_json(path, constants=True)
+    except ValueError as error:
+        raise ValueError(f"backbone: {error}") from None
+    return _checked(dict[str, Any], content, str(path))
+
+
+def _checked(schema: type[T], content: object, name: str) -> T:
+    try:
+        return validate(schema, content, f"backbone: {name}")
+    except ValueError as error:
+        raise ValueError(str(error)) from None
 
 
 def _check_weights(folder: Path, name: str, variant: str | None) -> None:
@@ -159,7 +178,8 @@ def _check_weights(folder: Path, name: str, variant: str | None) -> None:
     files = [part / f"{stem}{infix}.safetensors" for stem in stems]
     files = [path for path in files if path.is_file()]
     if indices and not files:
-        wanted = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        weight_map = _read_record(indices[0]).get("weight_map")
+        wanted = sorted(set(_checked(dict[str, str], weight_map, f"{indices[0]}: weight_map").values()))
         missing = [file for file in wanted if not (part / file).is_file()]
         if missing:
             raise FileNotFoundError(
@@ -177,6 +197,7 @@ def _check_weights(folder: Path, name: str, variant: str | None) -> None:
 
 def _check_length(path: Path) -> set[str]:
     """Compares a safetensors file's length with what its header says; the names of its tensors."""
+    require_file(path, MAX_WEIGHTS)
     found = path.stat().st_size
     try:
         with path.open("rb") as stream:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from rg.io.files import atomic, read_json
@@ -97,7 +97,7 @@ class Hourglass(nn.Module):
         """Writes weights (half precision) and configuration, both whole or not at all."""
         target = Path(folder)
         with atomic(target / CONFIG) as config, atomic(target / WEIGHTS) as weights:
-            save_file({name: value.half().contiguous() for name, value in self.state_dict().items()}, weights)
+            weights.write_bytes(save({name: value.half().contiguous() for name, value in self.state_dict().items()}))
             config.write_text(json.dumps(self.config, indent=2) + "\n")
 
     @classmethod

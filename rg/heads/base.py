@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from lightning import LightningModule
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rg.backbone.denoiser import condition_dim, tap_channels, time_embed_dim
@@ -202,8 +201,7 @@ class ReadoutHead(LightningModule):
         tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in self.state_dict().items()}
         record = {"class": type(self).__name__, "hyperparameters": dict(self.hparams)}
         with atomic(folder / "head.json") as settings, atomic(folder / "head.safetensors") as weights:
-            save_file(tensors, weights)
-            weights.chmod(0o644)  # safetensors writes for the owner alone
+            weights.write_bytes(save(tensors))
             settings.write_text(json.dumps(record, indent=1) + "\n")
 
     @classmethod

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,17 +20,20 @@ MAX_DEPTH = 64  # lists and objects inside each other; the parser's own limit is
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a path in the same folder to write to, which takes the place of `path` at the end.
 
-    Where the writing fails, what was written is removed and `path` stays as it was. No two calls share a temporary
-    path, and its name ends in .part, so that nobody who looks for files of the same ending finds it. Folders that are
-    missing are made.
+    Where the writing fails, what was written is removed and `path` stays as it was; an error of the disk names it. No
+    two calls share a temporary path, and its name ends in .part, so that nobody who looks for files of the same ending
+    finds it. Folders that are missing are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.part")
     try:
         yield temporary
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary), temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

@@ -30,13 +30,12 @@ def walk(folder: Path, endings: tuple[str, ...]) -> list[Path]:
 
     Hidden files and folders, and those of systems, are left out. Symbolic links are followed; a folder to which
     several paths lead is read once, by the path without links where there is one. A folder that cannot be read, or
-    that was read already, is named in the log.
+    that was read already, is named in the log, and so is what has such a name and is no regular file.
     """
-    files = (file for file in _files(folder) if file.suffix.lower() in endings)
-    return sorted(files, key=lambda file: natural_key(file.relative_to(folder).as_posix()))
+    return sorted(_files(folder, endings), key=lambda file: natural_key(file.relative_to(folder).as_posix()))
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path, endings: tuple[str, ...]) -> Iterator[Path]:
     real, links, seen = [folder], [], set()
     while real or links:
         here = real.pop() if real else links.pop(0)
@@ -56,7 +55,12 @@ def _files(folder: Path) -> Iterator[Path]:
             try:
                 if entry.is_dir():
                     (links if entry.is_symlink() else real).append(entry)
-                elif S_ISREG(entry.stat().st_mode):
-                    yield entry
+                    continue
+                regular = S_ISREG(entry.stat().st_mode)
             except OSError:  # a link to nowhere, or to itself
-                continue
+                regular = False
+            if entry.suffix.lower() in endings:
+                if regular:
+                    yield entry
+                else:
+                    log.warning("%s is no regular file: left out", entry)

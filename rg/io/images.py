@@ -72,6 +72,23 @@ def decode_png(data: bytes, size: Size) -> Image.Image:
     return image
 
 
+def open_saved(path: Path, size: Size | None = None) -> Image.Image:
+    """Reads an image that `save_image` wrote, of (height, width) or any size, and that is as it was written.
+
+    Raises:
+        ValueError: there is none, a checksum in it is wrong, or it is another image.
+    """
+    require_file(path, MAX_BYTES)
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            size = size or (image.height, image.width)
+            image.verify()  # decoding alone does not look at the checksums
+        return decode_png(data, size)
+    except Exception as error:  # a damaged file may fail anywhere inside its decoder
+        raise ValueError(f"{path}: expected a whole RGB PNG, found {error}") from error
+
+
 def _open(path: Path) -> Image.Image:
     """The first image of a file in its own mode, upright."""
     require_file(path, MAX_BYTES)

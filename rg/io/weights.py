@@ -8,9 +8,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rg.io.files import require_file
 from rg.io.records import check_arguments
 
 Network = TypeVar("Network", bound=nn.Module)
+MAX_BYTES = 2**36
 DTYPES = ("F16", "BF16", "F32", "F64")
 # Trained weights are far below; one above is damaged.
 LARGEST = 1e6
@@ -54,12 +56,13 @@ def read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
         ValueError: the file is damaged, lacks a tensor or has one too many, or one has another shape, is not of
             floating point, or holds a value that is not finite or larger than LARGEST.
     """
+    require_file(path, MAX_BYTES)
     try:
         with safe_open(path, framework="pt") as file:
             found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  no mapping
             _check_shapes(path, found, expected)
             tensors = {key: file.get_tensor(key).float() for key in found}
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path}: expected safetensors, found a file that cannot be read: {error}") from error
     for key, tensor in tensors.items():
         # Counters are stored as floats, and may be large.

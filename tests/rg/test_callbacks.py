@@ -1,3 +1,6 @@
+import os
+import resource
+
 import numpy as np
 import pytest
 import torch
@@ -143,3 +146,24 @@ def test_content_that_is_not_what_was_saved_is_refused(tmp_path, change):
 def test_whenever_saving_is_killed_a_whole_checkpoint_is_left(tmp_path, kill_when):
     kill_when((tmp_path / "previous.ckpt").is_file, save, tmp_path, *range(100_000))
     assert newest_checkpoint(tmp_path) is not None
+
+
+def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path):
+    save(tmp_path, 1, 2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"last\.ckpt'$"):
+            save(tmp_path, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_checkpoint_that_is_gone_is_said(tmp_path, caplog):
+    save(tmp_path, 1, 2)
+    (tmp_path / "last.ckpt").unlink()
+    assert newest_checkpoint(tmp_path) == tmp_path / "previous.ckpt" and "last.ckpt" in caplog.text
+    os.mkfifo(tmp_path / "last.ckpt")  # is not waited for
+    assert newest_checkpoint(tmp_path) == tmp_path / "previous.ckpt"

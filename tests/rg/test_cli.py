@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from rg.cli import (
     CONF,
     check_overrides,
+    claimed,
     command,
     compose_config,
     explain,
@@ -365,3 +366,21 @@ def test_a_stopped_command_says_what_is_kept(number, tmp_path):
     os.kill(stopped.pid, number)
     stopped.join(60)
     assert stopped.exitcode == 130 and (tmp_path / "errors").read_text() == "\nstopped: two shards are kept\n"
+
+
+def test_a_folder_takes_one_process(tmp_path):
+    other = claimed(tmp_path / "run")
+    with claimed(tmp_path / "run"), pytest.raises(ValueError, match=rf"^{tmp_path}/run: .*another process"):
+        other.__enter__()
+    with claimed(tmp_path / "run"):
+        pass
+
+
+def test_what_the_disk_refuses_and_names_of_several_lines_are_one_line():
+    def fail(error):
+        raise error
+
+    for error in (OSError(28, "No space left on device", "a/b"), ValueError("line\nbreak.png: expected an image")):
+        with pytest.raises(SystemExit) as caught:
+            one_line_errors(fail)(error)
+        assert "\n" not in str(caught.value) and ("a/b" in str(caught.value) or r"line\nbreak" in str(caught.value))

@@ -67,3 +67,35 @@ def test_a_run_counts_what_it_left_out_and_takes_any_alphas(evaluation):
     made = evaluation(*words, "+sampling.negative_prompt=[dusk,night]")
     results = made.run()
     assert results["left_out"] == 0 and set(results["pck"]) == {"0.15", "0.05"} and results["images"] == 2
+
+
+def test_what_is_damaged_is_made_again_and_nothing_else(evaluation, tmp_path, caplog):
+    words = ["images=3", "batch_size=2"]
+    results, samples = evaluation(*words).run(), tmp_path / "run" / "samples"
+    whole = {path.name: path.read_bytes() for path in samples.iterdir()}
+    times = {path.name: path.stat().st_mtime_ns for path in samples.iterdir()}
+    assert evaluation(*words).run()["pck"] == results["pck"] and not caplog.messages
+    (samples / "00000-guided.png").write_bytes(whole["00000-guided.png"][:-30])
+    flipped = bytearray(whole["00002-readout.png"])
+    flipped[len(flipped) // 2] ^= 1
+    (samples / "00002-readout.png").write_bytes(flipped)
+    (samples / "00001.json").unlink()
+    again = evaluation(*words).run()
+    assert again["pck"] == results["pck"] and again["confidence"] == results["confidence"]
+    said = [text for text in caplog.messages if "made again" in text]
+    assert len(said) == 2 and "00000-guided.png" in said[0] and "00002-readout.png" in said[1]
+    # Every image is as it was, bit for bit; records hold times, too.
+    assert {n: d for n, d in whole.items() if n.endswith("png")} == {p.name: p.read_bytes() for p in samples.glob("*g")}
+    (samples / "00001.json").write_text("{}")
+    before = (samples / "00000.json").stat().st_mtime_ns
+    assert evaluation(*words).run()["pck"] == results["pck"] and "00001.json: position" in caplog.text
+    assert before == (samples / "00000.json").stat().st_mtime_ns != times["00000.json"]
+
+
+def test_samples_of_other_settings_are_set_aside_each_time(evaluation, tmp_path):
+    for seed in (0, 1, 0, 1):
+        made = evaluation("images=1", f"seed={seed}")
+        made.record_path(0).parent.mkdir()
+        made.record_path(0).write_text(str(seed))
+    found = sorted(path.read_text() for path in (tmp_path / "run").glob("samples*/*.json"))
+    assert found == ["0", "0", "1", "1"]

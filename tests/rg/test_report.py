@@ -144,7 +144,10 @@ def test_stored_scores_are_read_as_they_were_written():
         with pytest.raises(ValueError, match=rf"^00003\.json: {words}"):
             validate(ImageRecord, stored | change, "00003.json")
     results = summarise([record({"unguided": 0.1, "guided": 0.5, "ceiling": 0.8})], (0.1,))
-    assert validate(Results, results, "results.json").pck == results["pck"]
+    read = validate(Results, results, "results.json").model_dump()
+    assert headline(read) == headline(results) and read["images"] == 1
+    with pytest.raises(ValueError, match=r"pck\.0\.1\.ceiling: expected this key, found none"):
+        validate(Results, {**results, "pck": {"0.1": {"unguided": {"mean": 0}, "guided": {"mean": 0}}}}, "results.json")
     with pytest.raises(ValueError, match="results.json: pck: .*1.*found {}"):
         validate(Results, results | {"pck": {}}, "results.json")
 

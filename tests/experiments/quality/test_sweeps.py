@@ -78,3 +78,25 @@ def test_damaged_results_are_one_line(tmp_path: Path):
 def test_no_finished_evaluation_is_an_error(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"results\.json"):
         evaluation_table(tmp_path)
+
+
+def test_damaged_or_different_runs_are_named(sweep: Path):
+    add_run(sweep / "a", [], 0.2)
+    words = sweep / "a" / ".hydra" / "overrides.yaml"
+    for damaged in ("[1", "3", "\0"):
+        words.write_text(damaged)
+        with pytest.raises(ValueError, match=rf"^{words}: "):
+            evaluation_table(sweep)
+    add_run(sweep / "b", [], 0.2)
+    results = sweep / "b" / "results.json"
+    results.write_text(results.read_text().replace('"0.1": {', '"0.2": {'))
+    words.write_text("[]")
+    with pytest.raises(ValueError, match=rf"{results}: pck: .*0\.1.*0\.2"):
+        evaluation_table(sweep)
+    log = sweep / "2026-0" / "csv/version_0/metrics.csv"
+    log.write_text("step,val/pck@0.1_t50\n1,x\n")
+    with pytest.raises(ValueError, match=rf"^{log}: .*'x'"):
+        training_table(sweep)
+    log.write_text("step,val/pck@0.1_t50\n1,0.5\n")
+    with pytest.raises(ValueError, match=r"2026-1: .*t600"):
+        training_table(sweep)

@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import resource
 from pathlib import Path
 from threading import Barrier, Thread
 
@@ -34,6 +36,21 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), atomic(tmp_path / "never.txt"):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "table.md"
+    write_text(path, "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="table.md'$") as caught:
+            write_text(path, "new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG and path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match="elsewhere'$"), atomic(path):  # another file's error stays its own
+        (tmp_path / "elsewhere").read_bytes()
 
 
 def test_the_file_appears_at_the_end_alone(tmp_path: Path) -> None:

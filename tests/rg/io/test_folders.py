@@ -66,6 +66,8 @@ def test_links_are_followed_and_loops_noticed(tmp_path: Path, caplog: pytest.Log
         "0",
         "a/deep/up",
         "b/up",
+        "gone.png",
+        "self.png",
     ]
 
 

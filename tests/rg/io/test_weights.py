@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,15 @@ def test_arguments_of_another_size_are_found_before_memory_is_taken(tmp_path, wi
         load_network(Tiny, {"width": width}, path, "config.json")
     with pytest.raises(ValueError, match="config.json: expected arguments of a Tiny, found RuntimeError"):
         load_network(Tiny, {"width": -1}, path, "config.json")
+
+
+def test_what_is_no_regular_file_of_weights_is_not_waited_for(tmp_path):
+    path = tmp_path / "w.safetensors"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"{path}: .*regular file"):
+        load_network(Tiny, {"width": 3}, path, "config.json")
+    path.unlink()
+    path.touch()
+    os.truncate(path, 2**40)
+    with pytest.raises(ValueError, match=f"{path}: .*bytes"):
+        load_network(Tiny, {"width": 3}, path, "config.json")
