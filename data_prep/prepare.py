@@ -23,6 +23,8 @@ from rg.data.shards import Manifest
 
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "diffusers", "numpy", "pillow", "webdataset")
+# What decided the images of folders whose manifest does not say it yet.
+FORMER = {"encode_batch": 50, "annotator.batch_size": 10}
 
 
 def build(
@@ -32,6 +34,7 @@ def build(
     annotator: Mapping[str, Any],
     backbone: Mapping[str, Any],
     shard_size: int,
+    encode_batch: int = 50,
     split: str = "train",
     n: int | None = None,
 ) -> Manifest:
@@ -46,16 +49,16 @@ def build(
         annotator: constructor call of an annotator, see data_prep.annotators.
         backbone: call that gives the rg.backbone.diffusion.DiffusionBackbone whose autoencoder makes the latents.
         shard_size: indices per shard.
+        encode_batch: images that go through the autoencoder at once; the last bits of the latents depend on it.
         split: one of SPLITS.
         n: number of samples of an endless source, which goes on where some are skipped, up to index 2n; of a finite
             one the number of indices, of which the skipped ones give no sample; None takes all of it.
 
     Raises:
-        DataError: before any work, unknown split or bad n, a source without that many images or of another resolution
-            than the backbone, a folder made with other settings; later, a latent that is not finite.
+        DataError: before any work, unknown split, bad n or encode_batch, a source without that many images or another
+            resolution than the backbone's, a folder made with other settings; later, a latent that is not finite.
     """
-    if split not in SPLITS:
-        raise DataError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    _check(split, encode_batch)
     maker = instantiate(source, _convert_="all")
     stop = _stop(maker, split, n)
     labels = instantiate(annotator, _convert_="all")
@@ -65,13 +68,13 @@ def build(
     if hasattr(labels, "attach_backbone"):
         labels.attach_backbone(encoder)
     settings = {"source": dict(source), "annotator": dict(annotator), "shard_size": shard_size}
-    settings |= {"pictures": {"resolution": maker.resolution, **maker.describe(split)}}
+    settings |= {"encode_batch": encode_batch, "pictures": {"resolution": maker.resolution, **maker.describe(split)}}
     wanted = Manifest(split, settings, encoder.autoencoder_id, _versions())
     folder = Path(root) / split
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         manifest = _open(folder, wanted)
-        writer = ShardWriter(folder, manifest, maker, labels, encoder)
+        writer = ShardWriter(folder, manifest, maker, labels, encoder, encode_batch)
         (writer.fill if maker.count(split) is None else writer.write)(stop, shard_size)
     return manifest
 
@@ -92,6 +95,13 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+
+
+def _check(split: str, encode_batch: int) -> None:
+    if split not in SPLITS:
+        raise DataError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    if encode_batch < 1:
+        raise DataError(f"encode_batch: expected at least 1, got {encode_batch}")
 
 
 def _stop(source: Source, split: str, n: int | None) -> int:
@@ -118,13 +128,14 @@ def _open(folder: Path, wanted: Manifest) -> Manifest:
     manifest = Manifest.read(folder)
     old = dict(_flat({**manifest.settings, "autoencoder_id": manifest.autoencoder_id}))
     new = dict(_flat({**wanted.settings, "autoencoder_id": wanted.autoencoder_id}))
+    old = {key: value for key, value in FORMER.items() if key in new} | old
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             values = f"{old.get(key)!r}, asked for is {new.get(key)!r}"
             raise DataError(f"{folder} was made with {key} = {values}: choose another root=... or delete the folder")
     # A shard that was taken away is made again.
     manifest.shards = {name: shard for name, shard in manifest.shards.items() if (folder / name).is_file()}
-    manifest.versions = wanted.versions
+    manifest.settings, manifest.versions = wanted.settings, wanted.versions
     return manifest
 
 

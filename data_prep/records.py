@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from rg.data.samples import Group, Sample
+from rg.data.samples import Group, Sample, to_png
 from rg.io.folders import printable
 from rg.points import Size
 
@@ -115,7 +115,9 @@ class Label:
 
     def sample(self, index: int, item: SourceSample, latents: Tensor) -> Sample:
         """The sample that is stored; latents: (1, 2C, h, w)."""
-        return Sample(index, item.image, self.image, self.keypoints, latents[0], *_words(item))
+        size = (item.image.shape[1], item.image.shape[2])
+        image, label = to_png(item.image), to_png(self.image)
+        return Sample(index, image, label, size, self.keypoints, latents[0], *_words(item))
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ class GroupLabel:
 
     def sample(self, index: int, item: SourceGroup, latents: Tensor) -> Group:
         """The group that is stored; latents: (G, 2C, h, w)."""
-        return Group(index, self.images, self.points, item.turn, latents, *_words(item))
+        size = (self.images.shape[2], self.images.shape[3])
+        images = tuple(to_png(image) for image in self.images)
+        return Group(index, images, size, self.points, item.turn, latents, *_words(item))
 
 
 def _words(item: SourceSample | SourceGroup) -> tuple[Any, ...]:

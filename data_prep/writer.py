@@ -16,8 +16,7 @@ from rg.data.shards import Manifest, read_shard
 from rg.io.files import atomic
 from rg.io.images import from_bytes
 
-# Always the same number of images go through the autoencoder at once: the last bits of a latent depend on it.
-BATCH = 50
+READ = 50  # indices that are read and labelled at a time
 
 
 class ShardWriter:
@@ -29,16 +28,24 @@ class ShardWriter:
         source: gives the images.
         annotator: gives their labels.
         backbone: gives their latents.
+        encode_batch: images that go through the autoencoder at once, always as many: a latent's last bits depend on it.
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, source: Source, annotator: Annotator, backbone: DiffusionBackbone
+        self,
+        folder: Path,
+        manifest: Manifest,
+        source: Source,
+        annotator: Annotator,
+        backbone: DiffusionBackbone,
+        encode_batch: int,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.source = source
         self.annotator = annotator
         self.backbone = backbone
+        self.encode_batch = encode_batch
 
     def fill(self, count: int, shard_size: int) -> None:
         """Brings the folder to `count` samples: where some are skipped it goes on, up to 2 * count indices."""
@@ -79,8 +86,8 @@ class ShardWriter:
             # A shard that was the last one, and short, is continued: what it holds is copied, not made again.
             for raw in read_shard(path, old) if samples else ():
                 writer.write({key: value for key, value in raw.items() if key != "__url__"})
-            for start in range(old["stop"], span.stop, BATCH):
-                batch = range(start, min(start + BATCH, span.stop))
+            for start in range(old["stop"], span.stop, READ):
+                batch = range(start, min(start + READ, span.stop))
                 for index, made in self._make(batch):
                     if isinstance(made, Skip):
                         skipped[f"{index:08d}"] = made.reason
@@ -110,7 +117,7 @@ class ShardWriter:
 
     def _encode(self, images: Tensor) -> Tensor:
         """Mean and standard deviation of the latents of uint8 images: (B, 2C, h, w) float16."""
-        rest = images.new_zeros(-len(images) % BATCH, *images.shape[1:])
-        batches = torch.cat([images, rest]).split(BATCH)
+        rest = images.new_zeros(-len(images) % self.encode_batch, *images.shape[1:])
+        batches = torch.cat([images, rest]).split(self.encode_batch)
         latents = [torch.cat(self.backbone.encode(from_bytes(batch)), 1).half().cpu() for batch in batches]
         return torch.cat(latents)[: len(images)]

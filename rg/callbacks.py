@@ -185,18 +185,27 @@ class _Figures(Callback):
 
 
 class ReadoutImages(_Figures):
-    """After each validation: held-out images, their labels, and the readouts at every validated noise level."""
+    """After each validation: held-out images, their labels, and the readouts at every validated noise level.
 
-    def __init__(self, folder: str, count: int = 8) -> None:
+    Args:
+        folder: gets the images.
+        count: images, or groups of them, that are shown.
+        batch_size: of these, how many are read at once; None: all.
+    """
+
+    def __init__(self, folder: str, count: int = 8, batch_size: int | None = None) -> None:
         super().__init__(folder)
-        self.count = count
+        self.count, self.batch_size = count, batch_size or count
         self.batch: dict[str, Any] | None = None
 
     def on_validation_batch_end(
         self, trainer: Trainer, head: ReadoutHead, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if batch_idx == 0:
-            self.batch = {key: value[: self.count] for key, value in batch.items()}
+            self.batch = None
+        held = len(self.batch["index"]) if self.batch else 0
+        if held < self.count:
+            self.batch = _joined(self.batch, {key: value[: self.count - held] for key, value in batch.items()})
 
     def on_validation_end(self, trainer: Trainer, head: ReadoutHead) -> None:
         if self.batch is None or not trainer.is_global_zero:
@@ -205,9 +214,24 @@ class ReadoutImages(_Figures):
         rows = {name: (batch[name] + 1) / 2 for name in ("image", "label") if name in batch}
         with torch.no_grad():
             for timestep in head.hparams.val_timesteps:
-                rows[f"t = {timestep}"] = head.preview(head.readout_at(batch, timestep))
+                read = [head.preview(head.readout_at(part, timestep)) for part in _parts(batch, self.batch_size)]
+                rows[f"t = {timestep}"] = torch.cat(read)
         # The images of a group stand side by side.
         self._publish(trainer, "readouts", image_grid({row: p.flatten(0, -4) for row, p in rows.items()}))
+
+
+def _joined(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[str, Any]:
+    """Two batches as one."""
+    if first is None:
+        return second
+    both = {key: (first[key], value) for key, value in second.items()}
+    return {key: torch.cat(pair) if isinstance(pair[0], Tensor) else [*pair[0], *pair[1]] for key, pair in both.items()}
+
+
+def _parts(batch: dict[str, Any], size: int) -> list[dict[str, Any]]:
+    """A batch in parts of at most `size`."""
+    starts = range(0, len(batch["index"]), size)
+    return [{key: value[start : start + size] for key, value in batch.items()} for start in starts]
 
 
 class MixingWeights(_Figures):

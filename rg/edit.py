@@ -16,7 +16,16 @@ from torch import Tensor
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.backbone.inversion import invert
 from rg.cli import command, link_latest
-from rg.generation import check_sampling, crop_box, generate, image_seeds, image_size, set_scheduler, show_progress
+from rg.generation import (
+    check_sampling,
+    crop_box,
+    generate,
+    generate_in_batches,
+    image_seeds,
+    image_size,
+    set_scheduler,
+    show_progress,
+)
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.step import StepTrace
 from rg.guidance.targets import ReferenceTarget
@@ -172,12 +181,14 @@ class Edit:
 
     Raises:
         FileNotFoundError: there is no such head.
-        ValueError: an unknown `noise`, fewer than one image, or see `load_heads`, `parse_drag` and `parse_boxes`.
+        ValueError: an unknown `noise`, fewer than one image, or one at once, or see `load_heads`, `parse_drag` and
+            `parse_boxes`.
     """
 
     def __init__(self, cfg: DictConfig, run_dir: Path) -> None:
-        if cfg.images < 1:
-            raise ValueError(f"images: expected at least 1, got {cfg.images}")
+        for name in ("images", "batch_size"):
+            if cfg[name] < 1:
+                raise ValueError(f"{name}: expected at least 1, got {cfg[name]}")
         if cfg.noise not in ("new", "reference"):
             raise ValueError(f"noise: expected new or reference, got {cfg.noise}")
         self.cfg, self.run_dir, self.prompt = cfg, run_dir, cfg.prompt or ""
@@ -262,15 +273,15 @@ class Edit:
         guidance: ReadoutGuidance = instantiate(cfg.guidance)(terms=self.terms(noise))
         reference = self.reference(noise, guidance)
         arguments = {"seeds": image_seeds(cfg.seed, range(1, 1 + cfg.images)), **self.sampling}
+        arguments["batch_size"] = cfg.batch_size
         if cfg.noise == "reference":
             arguments["latents"] = noise.expand(cfg.images, -1, -1, -1)
         prompts = [self.prompt if cfg.edit_prompt is None else cfg.edit_prompt] * cfg.images
         show_progress(pipe, "unguided")
-        unguided = generate(pipe, prompts, **arguments)
+        unguided, _ = generate_in_batches(pipe, prompts, **arguments)
         show_progress(pipe, "guided")
-        guided = generate(pipe, prompts, guidance=guidance, **arguments)
+        guided, self.trace = generate_in_batches(pipe, prompts, guide=lambda _: guidance, **arguments)
         self.write({"reference": reference.expand(cfg.images, -1, -1, -1), "unguided": unguided, "guided": guided})
-        self.trace = guidance.trace
         energies = [float(step.energy.mean()) for step in self.trace]
         if energies:
             log.info("mean energy: %.4f at the first guided step, %.4f at the last", energies[0], energies[-1])

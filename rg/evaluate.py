@@ -7,7 +7,6 @@ import shlex
 import sys
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +57,7 @@ def measurable(samples: Samples | Groups) -> Samples:
     kept = (box_side(people[..., :2], people[..., 2] > 0) > 0).view(len(samples), -1).any(1)
     if not kept.any():
         raise ValueError(f"data: expected images with a person to measure, found none in {len(samples)} images")
-    rows = kept.nonzero().flatten().tolist()
-    chosen = {field.name: getattr(samples, field.name) for field in fields(samples)}
-    chosen = {key: [v[i] for i in rows] if isinstance(v, list) else v[rows] for key, v in chosen.items()}
-    return Samples(**chosen)
+    return samples.take(kept.nonzero().flatten().tolist())
 
 
 class Evaluation:
@@ -95,6 +91,7 @@ class Evaluation:
         weights = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in self.head.state_dict().values()))
         settings = OmegaConf.to_container(self.cfg, resolve=True)
         settings = {key: settings[key] for key in settings if key not in ("resume", "run_dir", "batch_size", "verbose")}
+        del settings["world"]["batch_size"]  # no image depends on it
         text = json.dumps({"settings": settings, "head": weights.hexdigest()}, indent=1, sort_keys=True) + "\n"
         path = self.run_dir / "settings.json"
         if path.is_file() and path.read_bytes() != text.encode() and (self.run_dir / "samples").is_dir():

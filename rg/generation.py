@@ -1,7 +1,8 @@
 """Images from a pipeline, guided or not, and the controls that guide them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import cv2
@@ -16,6 +17,7 @@ from torch import Tensor
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import refresh_seconds
 from rg.guidance.guidance import ReadoutGuidance
+from rg.guidance.step import StepTrace
 from rg.points import Size
 from rg.settings import check_arguments
 
@@ -27,6 +29,8 @@ SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
 }
+# What a step's trace has of every image.
+TRACED = ("energy", "gradient_norm", "delta_norm")
 # PNDM as Stable Diffusion runs it: without the Runge-Kutta start, which takes twelve more calls of the model.
 SETTINGS = {"pndm": {"skip_prk_steps": True}}
 
@@ -77,6 +81,58 @@ def generate(
     with guidance.attach(pipe) if guidance is not None else nullcontext():
         images = pipe(list(prompts), generator=generators, output_type="pt", **arguments).images
     return images.cpu().float() * 2 - 1
+
+
+def generate_in_batches(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    batch_size: int,
+    guide: Callable[[slice], ReadoutGuidance] | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, list[StepTrace]]:
+    """As `generate`, at most `batch_size` images at once; and the trace of all of them, empty where nothing guides.
+
+    Args:
+        guide: gives the guidance of the images of a slice.
+        arguments: as of `generate`; latents (B, C, h, w) have one for each image.
+    """
+    images, traces = [], []
+    for part, given in _batches({"prompts": list(prompts), "seeds": list(seeds), **arguments}, batch_size):
+        guidance = None if guide is None else guide(part)
+        images.append(generate(pipe, guidance=guidance, **given))
+        traces.append([] if guidance is None else list(guidance.trace))
+    return torch.cat(images), join_traces(traces)
+
+
+def _batches(arguments: Mapping[str, Any], size: int) -> Iterator[tuple[slice, dict[str, Any]]]:
+    """Slices of the images, and the arguments of each: what there is one of for each image is cut."""
+    count = len(arguments["prompts"])
+    texts = {
+        name for name, value in arguments.items() if isinstance(value, list) and value and isinstance(value[0], str)
+    }
+    for name in sorted(texts):
+        per_image(name, arguments[name], count)
+    for start in range(0, count, size):
+        part = slice(start, min(start + size, count))
+        cut = {name: arguments[name][part] for name in texts | {"seeds", "latents"} & set(arguments)}
+        yield part, {**arguments, **cut}
+
+
+def join_traces(traces: Sequence[Sequence[StepTrace]]) -> list[StepTrace]:
+    """The trace of several batches, made with the same settings, as if they had been one."""
+    joined = []
+    for steps in zip(*traces, strict=True):
+        images = [len(step.energy) for step in steps]
+        values = {name: torch.cat([getattr(step, name) for step in steps]) for name in TRACED}
+        # Branch by branch the rows of a readout are those of the images.
+        readouts = [
+            torch.cat([r.unflatten(0, (-1, n)) for r, n in zip(term, images, strict=True)], 1).flatten(0, 1)
+            for term in zip(*(step.readouts for step in steps), strict=True)
+        ]
+        joined.append(replace(steps[0], **values, readouts=readouts))
+    return joined
 
 
 def show_progress(pipe: Any, what: str) -> None:

@@ -15,8 +15,16 @@ from torch.utils.data import default_collate
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import command, link_latest, load_configured_head
 from rg.data.shards import read_shards
-from rg.generation import check_sampling, fit_image, generate, image_seeds, image_size, set_scheduler, show_progress
-from rg.guidance.guidance import GuidanceTerm
+from rg.generation import (
+    check_sampling,
+    fit_image,
+    generate_in_batches,
+    image_seeds,
+    image_size,
+    set_scheduler,
+    show_progress,
+)
+from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
 from rg.io.figures import image_grid, save_figure
@@ -63,24 +71,30 @@ def resized(control: Tensor, from_size: Size, to_size: Size) -> Tensor:
 
 def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
     """Writes guided images and grid.png into run_dir; returns the images (B, 3, H, W) in [-1, 1]."""
-    if cfg.images < 1:
-        raise ValueError(f"images: expected at least 1, got {cfg.images}")
+    for name in ("images", "batch_size"):
+        if cfg[name] < 1:
+            raise ValueError(f"{name}: expected at least 1, got {cfg[name]}")
     head = load_configured_head(cfg.head, cfg.world.family)
     backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
     head.check_taps(backbone.tap_channels, backbone.time_embed_dim, backbone.condition_dim)
     head.to(backbone.device)
     set_scheduler(backbone.pipeline, cfg.scheduler)
     arguments = {"seeds": image_seeds(cfg.seed, range(cfg.images)), **check_sampling(backbone, cfg.sampling)}
+    arguments["batch_size"] = cfg.batch_size
     instantiate(cfg.guidance)(terms=[GuidanceTerm(head)])  # a bad setting is said before labels are made
     target, prompts = read_controls(cfg, backbone, head)
-    guidance = instantiate(cfg.guidance)(terms=[GuidanceTerm(head, target)])
+
+    def guide(part: slice) -> ReadoutGuidance:
+        control = target.control if len(target.control) == 1 else target.control[part]
+        return instantiate(cfg.guidance)(terms=[GuidanceTerm(head, FixedTarget(control))])
+
     show_progress(backbone.pipeline, "unguided")
-    unguided = generate(backbone.pipeline, prompts, **arguments)
+    unguided, _ = generate_in_batches(backbone.pipeline, prompts, **arguments)
     show_progress(backbone.pipeline, "guided")
-    guided = generate(backbone.pipeline, prompts, guidance=guidance, **arguments)
+    guided, trace = generate_in_batches(backbone.pipeline, prompts, guide=guide, **arguments)
     rows = {"unguided": (unguided + 1) / 2, "guided": (guided + 1) / 2}
-    if guidance.trace and guidance.trace[-1].readouts:  # none without guidance.keep_readouts
-        readouts = guidance.trace[-1].readouts[0]
+    if trace and trace[-1].readouts:  # none without guidance.keep_readouts
+        readouts = trace[-1].readouts[0]
         size = (readouts.shape[-2], readouts.shape[-1])
         wanted = target.encode(head, readout_size=size, image_size=tuple(guided.shape[-2:]), device=readouts.device)
         rows = {"control": head.preview(wanted), **rows, "readout": head.preview(readouts)}
@@ -88,7 +102,7 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
         save_image(image, run_dir / f"{number:05d}.png")
     save_figure(image_grid(rows, side=128), run_dir / "grid.png")
     link_latest(run_dir)
-    energies = [float(step.energy.mean()) for step in guidance.trace]
+    energies = [float(step.energy.mean()) for step in trace]
     if energies:
         log.info("mean energy: %.4f at the first guided step, %.4f at the last", energies[0], energies[-1])
     print(f"{run_dir}/grid.png")

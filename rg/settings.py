@@ -35,9 +35,23 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("seed", "pose", "warmup_steps", "warm_up", "unseen", "changed", "whole.keypoints"), Index),
     **dict.fromkeys(("images", "batch_size", "epoch_batches", "shard_size", "max_steps", "num_inference_steps"), Count),
     **dict.fromkeys(("resolution", "projection_dim", "norm_groups", "output_scale", "hidden_channels"), Count),
-    **dict.fromkeys(("edit_steps", "steps", "training_steps", "repeats", "head_repeats", "latent_side"), Count),
+    **dict.fromkeys(
+        (
+            "edit_steps",
+            "encode_batch",
+            "edit_batch",
+            "steps",
+            "training_steps",
+            "repeats",
+            "head_repeats",
+            "latent_side",
+        ),
+        Count,
+    ),
     **dict.fromkeys(("together", "parts", "sheet_images", "held_out", "pictures.train", "workers", "tokens"), Count),
-    **dict.fromkeys(("size", "val_size", "available", "n", "height", "width", "threads"), Count | None),
+    **dict.fromkeys(
+        ("size", "val_size", "val_batch_size", "available", "n", "height", "width", "threads"), Count | None
+    ),
     **dict.fromkeys(("check_val_every_n_epoch", "log_every_n_steps", "every_n_train_steps"), Count | None),
     **dict.fromkeys(("layers_per_block", "attention_head_dim", "norm_num_groups", "hidden_size"), Count),
     **dict.fromkeys(("intermediate_size", "num_hidden_layers", "num_attention_heads", "levels", "window"), Count),

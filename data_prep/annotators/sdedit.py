@@ -10,9 +10,6 @@ from torch import Tensor
 from data_prep.records import GroupLabel, Skip, SourceGroup
 from rg.backbone.diffusion import DiffusionBackbone
 
-# Always the same number of images are edited at once: the last bits depend on it.
-BATCH = 10
-
 
 class SDEdit:
     """Edits the first image of each group (Meng et al., 2022): its layout stays, its appearance changes.
@@ -25,19 +22,28 @@ class SDEdit:
         guidance_scale: strength of the prompt.
         num_inference_steps: of the whole schedule, of which the share `strength` is run.
         seed: of the noise.
+        batch_size: images that are edited at once, always as many: the last bits depend on it.
     """
 
     def __init__(
-        self, *, strength: float = 0.5, guidance_scale: float = 3.5, num_inference_steps: int = 50, seed: int = 0
+        self,
+        *,
+        strength: float = 0.5,
+        guidance_scale: float = 3.5,
+        num_inference_steps: int = 50,
+        seed: int = 0,
+        batch_size: int = 10,
     ) -> None:
         if not 0 < strength <= 1 or strength * num_inference_steps < 1:
             raise ValueError(
                 f"expected strength in (0, 1] and at least one step of it, got strength={strength}, "
                 f"num_inference_steps={num_inference_steps}"
             )
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         self.arguments = {"strength": strength, "guidance_scale": guidance_scale}
         self.arguments["num_inference_steps"] = num_inference_steps
-        self.seed = seed
+        self.seed, self.batch_size = seed, batch_size
 
     def attach_backbone(self, backbone: DiffusionBackbone) -> None:
         """Sets the model that edits; raises ValueError where its family has no image-to-image pipeline."""
@@ -50,8 +56,8 @@ class SDEdit:
 
     def annotate(self, samples: Sequence[SourceGroup]) -> list[GroupLabel | Skip]:
         labels = []
-        for start in range(0, len(samples), BATCH):
-            batch = samples[start : start + BATCH]
+        for start in range(0, len(samples), self.batch_size):
+            batch = samples[start : start + self.batch_size]
             prompts = [s.prompt if s.edit_prompt is None else s.edit_prompt for s in batch]
             edited = self._edit(torch.stack([sample.images[0] for sample in batch]), prompts)
             for sample, edit in zip(batch, edited, strict=True):
@@ -61,8 +67,8 @@ class SDEdit:
         return labels
 
     def _edit(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Edits of up to BATCH uint8 images: (B, 3, H, W) uint8."""
-        missing = BATCH - len(images)
+        """Edits of up to batch_size uint8 images: (B, 3, H, W) uint8."""
+        missing = self.batch_size - len(images)
         padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
         names = (hashlib.sha256(f"{self.seed}/".encode() + image.numpy().tobytes()).digest()[:8] for image in padded)
         generators = [torch.Generator("cpu").manual_seed(int.from_bytes(name, "big") >> 1) for name in names]

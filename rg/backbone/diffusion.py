@@ -12,6 +12,9 @@ from rg.backbone.denoiser import check_pipeline, condition_dim, denoiser_of, emb
 from rg.backbone.features import Prediction, predict
 from rg.backbone.loading import load_pipeline
 
+# Pixels from which images pass the autoencoder one by one: each keeps a GPU busy, and takes 3 GB to decode at 1024 px.
+ONE_BY_ONE = 512
+
 
 class DiffusionBackbone:
     """A Stable Diffusion or PixArt pipeline as a feature extractor.
@@ -45,6 +48,8 @@ class DiffusionBackbone:
         side = self.denoiser.config.sample_size
         self.latent_size: tuple[int, int] = (side, side)
         self.resolution: tuple[int, int] = (side * pipeline.vae_scale_factor, side * pipeline.vae_scale_factor)
+        if max(self.resolution) >= ONE_BY_ONE:
+            self.vae.enable_slicing()
         self.conditions: dict[str, Condition] = {}
 
     @classmethod

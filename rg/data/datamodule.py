@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class ShuffledEpochs(Dataset[Batch]):
     """Epoch after epoch of n samples, each in an order of its own: position p is in epoch p // n."""
 
-    def __init__(self, *, samples: Dataset[Batch], seed: int) -> None:
+    def __init__(self, *, samples: Samples | Groups | Subset[Batch], seed: int) -> None:
         self.samples = samples
         self.seed = seed
         self._order = (-1, np.empty(0, dtype=np.int64))
@@ -29,10 +29,19 @@ class ShuffledEpochs(Dataset[Batch]):
         return len(self.samples)
 
     def __getitem__(self, position: int) -> Batch:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[Batch]:
+        """The samples of a batch, which torch's loader asks for at once."""
+        numbers = [position // len(self.samples) for position in positions]
+        samples = self.samples.__getitems__([self._place(position) for position in positions])
+        return [sample | {"epoch": number} for sample, number in zip(samples, numbers, strict=True)]
+
+    def _place(self, position: int) -> int:
         number, place = divmod(position, len(self.samples))
         if self._order[0] != number:
             self._order = number, np.random.default_rng((self.seed, number)).permutation(len(self.samples))
-        return self.samples[int(self._order[1][place])] | {"epoch": number}
+        return int(self._order[1][place])
 
 
 class ResumableSampler(DistributedSampler[Batch]):
@@ -95,6 +104,7 @@ class ReadoutDataModule(LightningDataModule):
         seed: of the subset (with `available`) and of the order.
         available: see `read_shards`.
         builder: makes what is missing, called as builder(split=..., n=...); None: all is there.
+        val_batch_size: held-out images, or groups, per batch; None: `batch_size`.
         autoencoder_id: of the backbone that will read the latents; None accepts any.
     """
 
@@ -109,11 +119,12 @@ class ReadoutDataModule(LightningDataModule):
         seed: int = 0,
         available: int | None = None,
         builder: Callable[..., Any] | None = None,
+        val_batch_size: int | None = None,
         autoencoder_id: str | None = None,
     ) -> None:
         super().__init__()
         counts = {"size": size, "val_size": val_size, "available": available}
-        counts |= {"batch_size": batch_size, "epoch_batches": epoch_batches}
+        counts |= {"batch_size": batch_size, "val_batch_size": val_batch_size, "epoch_batches": epoch_batches}
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise ValueError(f"expected at least 1, got {count}, change `{name}=...`")
@@ -122,6 +133,7 @@ class ReadoutDataModule(LightningDataModule):
         self.root = Path(root)
         self.size, self.val_size, self.available = size, val_size, available
         self.batch_size, self.epoch_batches, self.seed = batch_size, epoch_batches, seed
+        self.val_batch_size = val_batch_size or batch_size
         self.builder = builder
         self.autoencoder_id = autoencoder_id
 
@@ -175,4 +187,4 @@ class ReadoutDataModule(LightningDataModule):
 
         With several ranks Lightning splits them, and repeats at most ranks - 1 images to make the parts equal.
         """
-        return DataLoader(self.val_set, batch_size=self.batch_size)
+        return DataLoader(self.val_set, batch_size=self.val_batch_size)

@@ -11,7 +11,10 @@ was seen before in this run.
 import io
 import json
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -47,24 +50,24 @@ class _Record:
     """What Sample and Group share: a key, words, and how they are written."""
 
     index: int
+    size: Size
     prompt: str
     kind: str
     seed: tuple[int, ...] | None
     identity: list[dict[str, Any]] | None
 
-    def _members(self) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
-        """Images (3, H, W) by the names of their members, what the json holds beside the words, latents (2C, h, w)."""
+    def _members(self) -> tuple[dict[str, bytes], dict[str, Any], Tensor]:
+        """PNGs by the names of their members, what the json holds beside the words, latents (2C, h, w)."""
         raise NotImplementedError
 
     def encode(self) -> dict[str, str | bytes]:
         """The record as a webdataset writer takes it: "__key__" and the bytes of each member."""
         images, meta, latent = self._members()
         words = {name: getattr(self, name) for name in ("prompt", "kind", "seed", "identity")}
-        size = list(next(iter(images.values())).shape[-2:])
         return {
             "__key__": f"{self.index:08d}",
-            **{name: to_png(image) for name, image in images.items()},
-            "json": json.dumps({**words, "size": size, **meta}).encode(),
+            **images,
+            "json": json.dumps({**words, "size": list(self.size), **meta}).encode(),
             "latent.npy": to_npy(latent),
         }
 
@@ -75,8 +78,9 @@ class Sample(_Record):
 
     Attributes:
         index: position in its split.
-        image: (3, H, W) uint8, RGB.
-        label: (3, H, W) uint8, RGB.
+        image: PNG, see `to_png`.
+        label: PNG.
+        size: (H, W) of both.
         keypoints: (P, 18, 3) float32 of (x, y, visible) in pixels of the image; P = 0 where the label has none.
         latent: (2C, h, w) float16: mean, then standard deviation of the scaled latents.
         prompt: a description, or "".
@@ -86,8 +90,9 @@ class Sample(_Record):
     """
 
     index: int
-    image: Tensor
-    label: Tensor
+    image: bytes
+    label: bytes
+    size: Size
     keypoints: Tensor
     latent: Tensor
     prompt: str
@@ -95,7 +100,7 @@ class Sample(_Record):
     seed: tuple[int, ...] | None
     identity: list[dict[str, Any]] | None
 
-    def _members(self) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+    def _members(self) -> tuple[dict[str, bytes], dict[str, Any], Tensor]:
         images = {"image.png": self.image, "label.png": self.label}
         return images, {"keypoints": self.keypoints.tolist()}, self.latent
 
@@ -107,10 +112,10 @@ class Sample(_Record):
             DataError: a member is missing, unreadable, or of another size or type than the schema says.
         """
         size, words, keypoints = read_member(raw, "json", shard, _from_json)
-        read = partial(from_png, size=size)
+        read = partial(_checked, size=size)
         image, label = (read_member(raw, f"{name}.png", shard, read) for name in ("image", "label"))
         latent = read_member(raw, "latent.npy", shard, from_npy)
-        return cls(int(raw["__key__"]), image, label, keypoints, latent, *words)
+        return cls(int(raw["__key__"]), image, label, size, keypoints, latent, *words)
 
 
 def read_member(raw: dict[str, Any], member: str, shard: Path, read: Callable[[bytes], Any]) -> Any:
@@ -175,6 +180,12 @@ def from_png(data: bytes, size: Size) -> Tensor:
     return pixels(decode_png(data, size))
 
 
+def _checked(data: bytes, size: Size) -> bytes:
+    """The bytes, of which `from_png` can make an image."""
+    from_png(data, size)
+    return data
+
+
 def to_npy(latent: Tensor) -> bytes:
     """An array as a file."""
     stream = io.BytesIO()
@@ -199,8 +210,12 @@ def from_npy(data: bytes) -> Tensor:
 
 
 class _Stack(Dataset[Batch]):
-    """What Samples and Groups share: indexing gives one row of every attribute, in the form of a batch."""
+    """What Samples and Groups share: indexing gives one row of every attribute, in the form of a batch.
 
+    Images stay PNGs, as they are in the shard, and are decoded when they are asked for.
+    """
+
+    size: Size
     latent: Tensor
     prompt: list[str]
 
@@ -208,10 +223,51 @@ class _Stack(Dataset[Batch]):
         return len(self.prompt)
 
     def __getitem__(self, position: int) -> Batch:
-        row = {field.name: getattr(self, field.name)[position] for field in fields(self)}
+        row = {field.name: getattr(self, field.name)[position] for field in fields(self) if field.name != "size"}
         mean, std = row.pop("latent").float().chunk(2, -3)
-        images = {name: from_bytes(row[name]) for name in ("image", "label") if name in row}
+        images = {name: from_bytes(self._decode(row[name])) for name in ("image", "label") if name in row}
         return {**row, **images, "latent_mean": mean, "latent_std": std, "epoch": 0}
+
+    def __getitems__(self, positions: list[int]) -> list[Batch]:
+        """Several, their images decoded side by side: it lasts milliseconds for each, and lets other threads run."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self.__getitem__, positions))
+
+    def _decode(self, files: bytes | tuple[bytes, ...]) -> Tensor:
+        """One image (3, H, W), or those of a group (G, 3, H, W), uint8."""
+        if isinstance(files, bytes):
+            return from_png(files, self.size)
+        return torch.stack([from_png(data, self.size) for data in files])
+
+    def decoded(self, name: str = "image") -> Tensor:
+        """All images, or all of another attribute of PNGs: (N, 3, H, W) or (B, G, 3, H, W) uint8."""
+        return torch.stack([self._decode(files) for files in getattr(self, name)])
+
+    def take(self, rows: Sequence[int]) -> Self:
+        """Some of them, in the order of `rows`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "size"}
+        chosen = {name: [v[i] for i in rows] if isinstance(v, list) else v[list(rows)] for name, v in values.items()}
+        return type(self)(**chosen, size=self.size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that all attributes take."""
+        return sum(_nbytes(getattr(self, field.name)) for field in fields(self))
+
+
+def _nbytes(value: Any) -> int:
+    """Bytes of tensors, PNGs and descriptions, of Python's objects as well."""
+    if isinstance(value, Tensor):
+        return value.untyped_storage().nbytes()
+    inside = sum(map(_nbytes, value)) if isinstance(value, list | tuple) else 0
+    return sys.getsizeof(value) + inside
+
+
+def _one_size(records: Sequence[_Record]) -> Size:
+    sizes = sorted({record.size for record in records})
+    if len(sizes) != 1:
+        raise RuntimeError(f"images of {sizes[0]} and {sizes[-1]}")
+    return sizes[0]
 
 
 @dataclass(frozen=True)
@@ -220,19 +276,21 @@ class Samples(_Stack):
 
     Attributes:
         index: (N,) int64, places in the split.
-        image: (N, 3, H, W) uint8.
-        label: (N, 3, H, W) uint8.
+        image: N PNGs.
+        label: N PNGs.
         keypoints: (N, P, 18, 3) float32, P the most people in one image, at least 1.
         latent: (N, 2C, h, w) float16, mean then standard deviation.
         prompt: N descriptions.
+        size: (H, W) of images and labels.
     """
 
     index: Tensor
-    image: Tensor
-    label: Tensor
+    image: list[bytes]
+    label: list[bytes]
     keypoints: Tensor
     latent: Tensor
     prompt: list[str]
+    size: Size
 
     @classmethod
     def stack(cls, samples: Sequence[Sample]) -> Self:
@@ -240,11 +298,12 @@ class Samples(_Stack):
         people = [sample.keypoints for sample in samples]
         return cls(
             index=torch.tensor([sample.index for sample in samples]),
-            image=torch.stack([sample.image for sample in samples]),
-            label=torch.stack([sample.label for sample in samples]),
+            image=[sample.image for sample in samples],
+            label=[sample.label for sample in samples],
             keypoints=pad_sequence([*people, torch.zeros(1, 18, 3)], batch_first=True)[:-1],
             latent=torch.stack([sample.latent for sample in samples]),
             prompt=[sample.prompt for sample in samples],
+            size=_one_size(samples),
         )
 
 
@@ -254,7 +313,8 @@ class Group(_Record):
 
     Attributes:
         index: position in its split.
-        images: (G, 3, H, W) uint8, RGB.
+        images: G PNGs, see `to_png`.
+        size: (H, W) of all.
         points: (N, G, 3) float32 of (x, y, visible): the same N points of things in every image; N = 0 where nobody
             followed any, else at least one is visible in all images.
         turn: degrees by which the head of a portrait turns out of the image's plane from the first image to the
@@ -264,7 +324,8 @@ class Group(_Record):
     """
 
     index: int
-    images: Tensor
+    images: tuple[bytes, ...]
+    size: Size
     points: Tensor
     turn: float | None
     latents: Tensor
@@ -273,7 +334,7 @@ class Group(_Record):
     seed: tuple[int, ...] | None
     identity: list[dict[str, Any]] | None
 
-    def _members(self) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+    def _members(self) -> tuple[dict[str, bytes], dict[str, Any], Tensor]:
         images = {f"{number}.png": image for number, image in enumerate(self.images)}
         meta = {"pictures": len(self.images), "turn": self.turn, "points": self.points.tolist()}
         return images, meta, self.latents.flatten(0, 1)
@@ -286,10 +347,10 @@ class Group(_Record):
             DataError: a member is missing, unreadable, or of another size or type than the schema says.
         """
         size, words, count, turn, points = read_member(raw, "json", shard, _group_from_json)
-        read = partial(from_png, size=size)
-        images = [read_member(raw, f"{number}.png", shard, read) for number in range(count)]
+        read = partial(_checked, size=size)
+        images = tuple(read_member(raw, f"{number}.png", shard, read) for number in range(count))
         latents = read_member(raw, "latent.npy", shard, lambda data: _split(from_npy(data), count))
-        return cls(int(raw["__key__"]), torch.stack(images), points, turn, latents, *words)
+        return cls(int(raw["__key__"]), images, size, points, turn, latents, *words)
 
 
 def _group_from_json(data: bytes) -> tuple[Any, ...]:
@@ -316,30 +377,33 @@ class Groups(_Stack):
 
     Attributes:
         index: (B,) int64, places in the split.
-        image: (B, G, 3, H, W) uint8.
+        image: B times G PNGs.
         points: (B, N, G, 3) float32, N the most points of one group.
         turn: (B,) float32, nan where unknown.
         latent: (B, G, 2C, h, w) float16, mean then standard deviation.
         prompt: B descriptions.
+        size: (H, W) of all images.
     """
 
     index: Tensor
-    image: Tensor
+    image: list[tuple[bytes, ...]]
     points: Tensor
     turn: Tensor
     latent: Tensor
     prompt: list[str]
+    size: Size
 
     @classmethod
     def stack(cls, groups: Sequence[Group]) -> Self:
         """Puts groups together; raises RuntimeError where they differ in number or size of images or latents."""
         return cls(
             index=torch.tensor([group.index for group in groups]),
-            image=torch.stack([group.images for group in groups]),
+            image=[group.images for group in groups],
             points=pad_sequence([group.points for group in groups], batch_first=True),
             turn=torch.tensor([float("nan") if group.turn is None else group.turn for group in groups]),
             latent=torch.stack([group.latents for group in groups]),
             prompt=[group.prompt for group in groups],
+            size=_one_size(groups),
         )
 
 

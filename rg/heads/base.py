@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from lightning import LightningModule
 from pydantic import Field
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from rg.backbone.denoiser import condition_dim, tap_channels, time_embed_dim

@@ -5,10 +5,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import Encoder
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from data_prep.marionette.render import render
 from data_prep.marionette.vocabulary import VOCABULARY
@@ -71,10 +73,10 @@ def test_shards_hold_what_was_asked_for(tmp_path, recipe, model):
     samples = read_shards(folder, autoencoder_id=DiffusionBackbone.from_pretrained(str(model)).autoencoder_id)
     assert samples.index.tolist() == manifest.indices() == [i for i in range(25) if i not in (BAD, 12)]
     assert manifest.kind == Manifest.read(folder).kind == "image"
-    mean, std = DiffusionBackbone.from_pretrained(str(model)).encode(samples.image[:3] / 127.5 - 1)
+    mean, std = DiffusionBackbone.from_pretrained(str(model)).encode(samples.decoded()[:3] / 127.5 - 1)
     torch.testing.assert_close(samples.latent[:3].float(), torch.cat([mean, std], 1), rtol=2e-3, atol=2e-3)
     image = np.array(Image.open(tmp_path / "images/04.png"))[:, 4:36]
-    assert torch.equal(samples.image[4], torch.from_numpy(image).permute(2, 0, 1))
+    assert torch.equal(samples.decoded()[4], torch.from_numpy(image).permute(2, 0, 1))
 
 
 def test_manifest_counts_and_names_everything(tmp_path, recipe):
@@ -157,6 +159,7 @@ def test_killed_between_the_shard_and_the_manifest(tmp_path, recipe):
     ("change", "words"),
     [
         ({"shard_size": 20}, "shard_size = 10.* 20"),
+        ({"encode_batch": 4}, "encode_batch = 50.* 4"),
         ({"source": {"seed": 1}}, "source.seed = None.* 1"),
         ({"annotator": {"line_width": 3.0}}, "annotator.line_width = None.* 3.0"),
     ],
@@ -168,6 +171,33 @@ def test_other_settings_are_refused_before_any_work(tmp_path, recipe, change, wo
     with pytest.raises(DataError, match=f"out/train .*{words}"):
         build(root=str(tmp_path / "out"), n=20, **changed)
     assert contents(tmp_path / "out/train") == before
+
+
+def test_folders_from_before_the_setting_go_on(tmp_path, recipe):
+    build(root=str(tmp_path / "out"), n=10, **recipe)
+    build(root=str(tmp_path / "whole"), n=20, **recipe)
+    manifest = Manifest.read(tmp_path / "out/train")
+    del manifest.settings["encode_batch"]
+    manifest.write(tmp_path / "out/train")
+    with pytest.raises(DataError, match=r"encode_batch = 50.* 4"):
+        build(root=str(tmp_path / "out"), n=20, encode_batch=4, **recipe)
+    build(root=str(tmp_path / "out"), n=20, **recipe)
+    assert contents(tmp_path / "out/train") == contents(tmp_path / "whole/train")
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_autoencoder_gets_the_asked_for_number_of_images(tmp_path, recipe, batch):
+    sizes = set()
+    watch = register_module_forward_pre_hook(lambda m, given: isinstance(m, Encoder) and sizes.add(len(given[0])))
+    try:
+        build(root=str(tmp_path / "out"), n=10, encode_batch=batch, **recipe)
+    finally:
+        watch.remove()
+    assert sizes == {batch} and Manifest.read(tmp_path / "out/train").settings["encode_batch"] == batch
+    found = read_shards(tmp_path / "out/train")
+    backbone = DiffusionBackbone.from_pretrained(recipe["backbone"]["path"])
+    latent = torch.cat(backbone.encode(found[3]["image"][None]), 1)[0]
+    torch.testing.assert_close(found.latent[3].float(), latent, rtol=1e-2, atol=1e-3)
 
 
 def test_another_autoencoder_is_refused(tmp_path, recipe, tiny_pipeline):
@@ -191,6 +221,7 @@ def test_more_images_in_the_folder_are_refused(tmp_path, recipe):
         ({"split": "dev"}, "split: .*train, val, search, test.*'dev'"),
         ({"n": 41}, "n: .*1 to 40.*train.* 41"),
         ({"n": 0}, "n: .*1 to 40.* 0$"),
+        ({"encode_batch": 0}, "encode_batch: .*1.* 0$"),
         ({"split": "val"}, "split=val: .* 1 .* 0.*pictures.validation_share"),
     ],
 )
@@ -214,7 +245,7 @@ def test_recipe_of_the_embedded_world(tmp_path, root, monkeypatch):
         builder(root=str(tmp_path))
     builder(root=str(tmp_path), split="val", n=3)
     samples = read_shards(tmp_path / "val")
-    assert samples.image.shape == samples.label.shape == (3, 3, 64, 64)
+    assert samples.decoded().shape == samples.decoded("label").shape == (3, 3, 64, 64)
     assert samples.keypoints.shape == (3, 1, 18, 3) and samples.latent.shape == (3, 8, 16, 16)
     assert all(words.startswith("a person ") and set(words.split()) <= set(VOCABULARY) for words in samples.prompt)
 
@@ -223,14 +254,15 @@ def test_recipe_of_the_embedded_world(tmp_path, root, monkeypatch):
 def test_depth_and_edges_of_the_embedded_world(tmp_path, root, monkeypatch, control):
     run_command(monkeypatch, root, f"data={control}", f"data.builder.root={tmp_path}", "split=val", "n=3")
     samples = read_shards(tmp_path / "val")
-    assert samples.label.shape == (3, 3, 64, 64) and samples.latent.shape == (3, 8, 16, 16)
+    label = samples.decoded("label")
+    assert label.shape == (3, 3, 64, 64) and samples.latent.shape == (3, 8, 16, 16)
     stills = render([(0, 1, index) for index in range(3)])
-    assert torch.equal(samples.image, stills.image)
+    assert torch.equal(samples.decoded(), stills.image)
     if control == "depth":
         wanted = stills.depth / stills.depth.amax((1, 2), keepdim=True)
-        torch.testing.assert_close(samples.label[:, 2] / 255, wanted, rtol=0, atol=0.5 / 255 + 1e-6)
+        torch.testing.assert_close(label[:, 2] / 255, wanted, rtol=0, atol=0.5 / 255 + 1e-6)
     else:
-        assert set(samples.label.unique().tolist()) == {0, 255} and (samples.label[:, 1][stills.edges] == 255).all()
+        assert set(label.unique().tolist()) == {0, 255} and (label[:, 1][stills.edges] == 255).all()
 
 
 @pytest.mark.parametrize(
@@ -272,7 +304,7 @@ def test_depth_and_edges_of_ones_own_images(tmp_path, root, monkeypatch, capsys,
     named = json.loads((tmp_path / "out/train/manifest.json").read_text())["skipped"]
     assert named.keys() == skipped.keys()
     assert all(re.match(reason.format(tmp_path), named[key]) for key, reason in skipped.items()), named
-    labels = read_shards(tmp_path / "out/train").label
+    labels = read_shards(tmp_path / "out/train").decoded("label")
     if label == "depth":
         own = np.asarray(Image.open(tmp_path / "labels/6.png"))
         assert torch.equal(labels[-1], torch.tensor(own).expand(3, -1, -1))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from webdataset import TarWriter
 
-from rg.data.samples import Sample
+from rg.data.samples import Sample, to_png
 from rg.data.shards import Manifest
 
 
@@ -15,8 +15,9 @@ def make_sample(index: int) -> Sample:
     generator = torch.Generator().manual_seed(index)
     return Sample(
         index=index,
-        image=torch.randint(256, (3, 8, 8), generator=generator, dtype=torch.uint8),
-        label=torch.randint(256, (3, 8, 8), generator=generator, dtype=torch.uint8),
+        image=to_png(torch.randint(256, (3, 8, 8), generator=generator, dtype=torch.uint8)),
+        label=to_png(torch.randint(256, (3, 8, 8), generator=generator, dtype=torch.uint8)),
+        size=(8, 8),
         keypoints=torch.rand(index % 3, 18, 3, generator=generator) * 8,
         latent=torch.rand(4, 2, 2, generator=generator).half(),
         prompt=f"image {index}",

@@ -5,7 +5,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 
-from rg.data.samples import Groups, Samples
+from rg.data.samples import Groups, Samples, to_png
 from rg.evaluate import Evaluation, measurable
 
 
@@ -15,9 +15,9 @@ def make_samples(*visible: int) -> Samples:
     keypoints = torch.rand(count, 2, 18, 3, generator=torch.Generator().manual_seed(0)) * 8
     keypoints[:, 1] = 0
     keypoints[:, 0, :, 2] = torch.stack([(torch.arange(18) < number).float() for number in visible])
-    images = torch.zeros(count, 3, 8, 8, dtype=torch.uint8)
+    images = [to_png(torch.zeros(3, 8, 8, dtype=torch.uint8))] * count
     prompts = [f"image {number}" for number in range(count)]
-    return Samples(torch.arange(count), images, images, keypoints, torch.zeros(count, 8, 2, 2).half(), prompts)
+    return Samples(torch.arange(count), images, images, keypoints, torch.zeros(count, 8, 2, 2).half(), prompts, (8, 8))
 
 
 def test_images_without_a_person_to_measure_are_left_out():
@@ -31,7 +31,7 @@ def test_images_without_a_person_to_measure_are_left_out():
 def test_nobody_at_all_is_an_error():
     with pytest.raises(ValueError, match="data: .*person.* 2 images"):
         measurable(make_samples(0, 1))
-    groups = Groups(*[torch.zeros(1)] * 5, prompt=[""])
+    groups = Groups(*[torch.zeros(1)] * 5, prompt=[""], size=(8, 8))
     with pytest.raises(ValueError, match="data: .*keypoints.*groups"):
         measurable(groups)
 

@@ -40,7 +40,7 @@ def controls(root, tmp_path, backbone):
 def test_controls_are_the_labels_of_held_out_images(tmp_path, controls, task, variant):
     control, prompts = controls(task, SpatialHead(**WIDTHS, variant=variant), "images=2", "pose=1")
     samples = read_shards(tmp_path / task / "test")
-    wanted = samples.keypoints if variant == "keypoints" else samples.label / 127.5 - 1
+    wanted = samples.keypoints if variant == "keypoints" else samples.decoded("label") / 127.5 - 1
     assert len(wanted) == 3
     torch.testing.assert_close(control, wanted[1:])
     assert prompts == samples.prompt[1:]

@@ -53,7 +53,7 @@ def test_the_run_leaves_its_head_images_and_scores(trained):
 def test_what_it_was_trained_on(trained):
     name, folder, _ = trained
     groups = read_shards(folder / "data/train")
-    assert len(groups) == 4 and groups.image.shape[1:] == (IMAGES[name], 3, 64, 64)
+    assert len(groups) == 4 and groups.decoded().shape[1:] == (IMAGES[name], 3, 64, 64)
     seen = groups.points[..., 2].all(2).sum(1)
     assert (seen >= 8).all() if name == "correspondence" else not seen.any()
 

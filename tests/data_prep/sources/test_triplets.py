@@ -139,5 +139,5 @@ def test_shards_of_triplets(tmp_path):
     }
     build(root=str(tmp_path), n=2, **recipe)
     found = read_shards(tmp_path / "train")
-    assert found.image.shape == (2, 5, 3, 64, 64) and found.latent.shape == (2, 5, 8, 16, 16)
+    assert found.decoded().shape == (2, 5, 3, 64, 64) and found.latent.shape == (2, 5, 8, 16, 16)
     assert found.points.shape == (2, 0, 5, 3)
