@@ -131,7 +131,8 @@ def join_traces(traces: Sequence[Sequence[StepTrace]]) -> list[StepTrace]:
             torch.cat([r.unflatten(0, (-1, n)) for r, n in zip(term, images, strict=True)], 1).flatten(0, 1)
             for term in zip(*(step.readouts for step in steps), strict=True)
         ]
-        joined.append(replace(steps[0], **values, readouts=readouts))
+        condition = "own" if any(step.condition == "own" for step in steps) else steps[0].condition
+        joined.append(replace(steps[0], **values, readouts=readouts, condition=condition))
     return joined
 
 

@@ -11,6 +11,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    PixArtTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -50,7 +51,18 @@ UNETS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-# The same in all three.
+PIXART = {
+    "sample_size": 128,
+    "num_layers": 28,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "cross_attention_dim": 1152,
+    "caption_channels": 4096,
+    "in_channels": 4,
+    "out_channels": 8,
+    "use_additional_conditions": False,
+}
+# The same in all four.
 AUTOENCODER = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -61,6 +73,7 @@ AUTOENCODER = {
 # Parameters of the text encoders: the embedded model's, CLIP ViT-L/14, OpenCLIP ViT-H/14 without its last layer,
 # ViT-L/14 and OpenCLIP ViT-bigG/14.
 TEXT_PARAMETERS = {"marionette": 294_784, "sd15": 123_060_480, "sd21": 340_387_840, "sdxl": 123_060_480 + 694_659_840}
+TEXT_PARAMETERS["pixart"] = 4_762_310_656  # T5-XXL
 TOKENS = 77
 POOL = 1_048_573  # a prime: rows of weights do not repeat
 
@@ -79,9 +92,14 @@ def make_unet(model: str, latent_side: int | None = None) -> UNet2DConditionMode
     return UNet2DConditionModel.from_config(config | ({"sample_size": latent_side} if latent_side else {}))
 
 
+def make_denoiser(model: str) -> nn.Module:
+    """The U-Net of a world, or the transformer of PixArt-Sigma, on the current device."""
+    return PixArtTransformer2DModel(**PIXART) if model == "pixart" else make_unet(model)
+
+
 def make_autoencoder(model: str) -> AutoencoderKL:
     """The autoencoder of a world, on the current device."""
-    if model in UNETS:
+    if model in (*UNETS, "pixart"):
         return AutoencoderKL(**AUTOENCODER)
     return AutoencoderKL.from_config(AutoencoderKL.load_config(locate(model) / "vae"))
 

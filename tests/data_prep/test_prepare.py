@@ -188,7 +188,12 @@ def test_folders_from_before_the_setting_go_on(tmp_path, recipe):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_autoencoder_gets_the_asked_for_number_of_images(tmp_path, recipe, batch):
     sizes = set()
-    watch = register_module_forward_pre_hook(lambda m, given: isinstance(m, Encoder) and sizes.add(len(given[0])))
+
+    def note(module, given):
+        if isinstance(module, Encoder):
+            sizes.add(len(given[0]))
+
+    watch = register_module_forward_pre_hook(note)
     try:
         build(root=str(tmp_path / "out"), n=10, encode_batch=batch, **recipe)
     finally:

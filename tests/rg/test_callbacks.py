@@ -61,6 +61,23 @@ def test_a_fit_leaves_images_and_mixing_weights(tiny_pipeline, tmp_path, variant
     assert {f"val/loss_t{t}" for t in (50, 600)} <= set(trainer.callback_metrics)
 
 
+def test_previews_are_read_in_batches_and_over_batches(tiny_pipeline, tmp_path):
+    backbone = DiffusionBackbone(tiny_pipeline())
+    widths = {"tap_channels": backbone.tap_channels, "time_embed_dim": backbone.time_embed_dim}
+    head = SpatialHead(**widths, variant="rgb", projection_dim=16, norm_groups=2, val_timesteps=[50])
+    head.attach_backbone(backbone)
+    images, sizes = ReadoutImages(str(tmp_path), count=5, batch_size=2), []
+    trainer = Trainer(accelerator="cpu", callbacks=[images], logger=False, default_root_dir=tmp_path)
+    for _ in range(2):  # a second validation begins anew
+        for number in range(3):
+            images.on_validation_batch_end(trainer, head, None, make_batch(2), number)
+        assert len(images.batch["image"]) == len(images.batch["prompt"]) == 5
+    watch = head.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0][0])))
+    images.on_validation_end(trainer, head)
+    watch.remove()
+    assert sizes == [2, 2, 1] and (tmp_path / "readouts-000000.png").is_file()
+
+
 def test_every_row_of_a_grid_is_shown():
     rows = {"black": torch.zeros(3, 3, 8, 8), "red": torch.zeros(2, 3, 8, 8)}
     rows["red"][:, 0] = 1

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from PIL import Image
 
-from rg.generation import SCHEDULERS, generate, image_seeds, set_scheduler
+from rg.generation import SCHEDULERS, generate, generate_in_batches, image_seeds, set_scheduler
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
 from rg.io.images import load_control, save_image
@@ -38,6 +38,37 @@ def test_guidance_is_attached_for_the_call_alone(tiny_pipeline, tiny_head, poses
     guided = generate(pipe, PROMPTS, guidance=guidance, **arguments)
     assert ((guided - plain).flatten(1).abs().amax(1) > 1e-3).all()
     assert torch.equal(generate(pipe, PROMPTS, **arguments), plain)
+
+
+@pytest.mark.parametrize("branch", ["uncond", "both"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_images_and_trace_do_not_depend_on_the_batch(tiny_pipeline, tiny_head, poses, branch, size):
+    pipe, people, sizes = tiny_pipeline(), poses(3), []
+    head = tiny_head(pipe.unet)
+    pipe.unet.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+
+    def guide(part):
+        terms = [GuidanceTerm(head, FixedTarget(people[part]))]
+        return ReadoutGuidance(terms, normalize="rms", branch=branch, keep_readouts=True)
+
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    arguments = {"seeds": [0, 1, 2], "num_inference_steps": 2, "guidance_scale": 2.0, "latents": noise}
+    arguments |= {"negative_prompt": ["", "dusk", "grass"], "guide": guide}
+    whole, trace = generate_in_batches(pipe, PROMPTS, batch_size=16, **arguments)
+    assert torch.equal(whole, generate(pipe, PROMPTS, guidance=guide(slice(0, 3)), **without_guide(arguments)))
+    sizes.clear()
+    images, joined = generate_in_batches(pipe, PROMPTS, batch_size=size, **arguments)
+    assert max(sizes) == 2 * size
+    torch.testing.assert_close(images, whole, rtol=0, atol=1e-4)
+    assert len(joined) == len(trace) == 2
+    for one, other in zip(joined, trace, strict=True):
+        torch.testing.assert_close(one.energy, other.energy, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(one.readouts[0], other.readouts[0], rtol=1e-3, atol=1e-3)
+        assert one.delta_norm.shape == (3,) and one.condition == other.condition
+
+
+def without_guide(arguments):
+    return {name: value for name, value in arguments.items() if name != "guide"}
 
 
 def test_negative_prompts_are_for_all_images_or_one_for_each(tiny_pipeline):

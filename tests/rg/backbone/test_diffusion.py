@@ -20,6 +20,19 @@ def test_sizes_follow_from_the_model(backbone):
     assert backbone.device == torch.device("cpu")
 
 
+@pytest.mark.parametrize(("side", "sliced"), [(64, False), (128, True)])
+def test_images_of_512_pixels_pass_the_autoencoder_one_by_one(tiny_pipeline, side, sliced):
+    pipe = tiny_pipeline()
+    pipe.unet.register_to_config(sample_size=side)
+    backbone, seen = DiffusionBackbone(pipe), []
+    assert backbone.resolution == (4 * side, 4 * side)
+    for module in (pipe.vae.encoder, pipe.vae.decoder):
+        module.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    mean, _ = backbone.encode(torch.zeros(3, 3, 32, 32))
+    assert len(backbone.decode(mean)) == 3
+    assert seen == ([1] * 6 if sliced else [3, 3])
+
+
 def test_encode_and_decode(backbone):
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     mean, std = backbone.encode(images)

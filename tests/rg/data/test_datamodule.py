@@ -117,6 +117,13 @@ def test_autoencoder_is_checked(root):
         ReadoutDataModule(root=str(root), **SETTINGS, autoencoder_id="other").setup("validate")
 
 
+def test_held_out_images_have_a_batch_size_of_their_own(root):
+    data = ReadoutDataModule(root=str(root), **SETTINGS, val_batch_size=2)
+    data.setup("fit")
+    assert [len(batch["index"]) for batch in data.val_dataloader()] == [2, 2, 1]
+    assert len(next(iter(data.train_dataloader()))["index"]) == 4
+
+
 @pytest.mark.parametrize("change", [{"batch_size": 0}, {"size": 0}, {"val_size": -1}, {"available": 11}])
 def test_bad_numbers(change):
     with pytest.raises(ValueError, match=next(iter(change))):
