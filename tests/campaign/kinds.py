@@ -254,7 +254,7 @@ FILES = {
     "mask": Kind(make_mask, read_mask),
     "folder of images": Kind(make_folders, read_folders, weight=4),
     "control": Kind(make_control, lambda folder: load_control(folder / "control.json", SIZE), weight=1.5),
-    "head": Kind(make_head, lambda folder: weights(load_head(folder)), named=("head.",), weight=2),
+    "head": Kind(make_head, lambda folder: weights(load_head(folder)), named=("head.", "head="), weight=2),
     "detector": Kind(make_detector, read_network(KeypointDetector), named=("model.safetensors",), weight=1.5),
     "classifier": Kind(make_classifier, read_network(AttributeClassifier), named=("model.safetensors",), weight=1.5),
     "shards": Kind(make_samples, lambda folder: vars(read_shards(folder)), weight=4),

@@ -154,7 +154,7 @@ class _Seen:
         for place in places.get(event, arguments[:1]) if changed else ():
             if isinstance(place, str | bytes | os.PathLike):
                 path = os.path.abspath(os.fsdecode(place))  # noqa: PTH100  no link is followed
-                if not path.startswith((f"{self.folder}/", "/dev/")):
+                if path != self.folder and not path.startswith((f"{self.folder}/", "/dev/")):
                     self.found.append((OUTSIDE, f"{event} {path}"[:300]))
 
 

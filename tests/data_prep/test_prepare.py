@@ -1,11 +1,15 @@
 import json
 import re
 import sys
+import time
+from functools import partial
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import Encoder
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -142,6 +146,21 @@ def test_killed_while_writing_then_continued(tmp_path, recipe, kill_when):
             assert len(found) < 38 and read_shards(folder).index.tolist() == found
     build(**arguments)
     assert contents(folder) == contents(tmp_path / "whole/train")
+
+
+def test_the_second_of_two_waits_and_says_so(tmp_path, recipe, caplog):
+    caplog.set_level("INFO", "data_prep")
+    folder = tmp_path / "out/train"
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"):
+        second = Thread(target=partial(build, root=str(tmp_path / "out"), n=4, **recipe))
+        second.start()
+        while not any("waiting" in text and str(folder) in text for text in caplog.messages):
+            assert second.is_alive()
+            time.sleep(0.01)
+        assert {path.name for path in folder.iterdir()} == {".lock"}
+    second.join()
+    assert read_shards(folder).index.tolist() == [0, 1, 2, 3]
 
 
 def test_killed_between_the_shard_and_the_manifest(tmp_path, recipe):
