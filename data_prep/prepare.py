@@ -29,6 +29,8 @@ def build(
     annotator: Mapping[str, Any],
     backbone: Mapping[str, Any],
     shard_size: int,
+    labels: Mapping[str, Any] | None = None,
+    fill: bool = False,
     split: str = "train",
     n: int | None = None,
 ) -> Manifest:
@@ -43,9 +45,12 @@ def build(
         annotator: constructor call of an annotator, see data_prep.annotators.
         backbone: call that gives the rg.backbone.diffusion.DiffusionBackbone whose autoencoder makes the latents.
         shard_size: indices per shard.
+        labels: constructor call of an annotator that reads files, which stands for the other where its `path` is given.
+        fill: go on where indices are skipped, to the last of a finite source.
         split: one of SPLITS.
         n: number of samples of an endless source, which goes on where some are skipped, up to index 2n; of a finite
-            one the number of indices, of which the skipped ones give no sample; None takes all of it.
+            one the number of indices, of which the skipped ones give no sample, or with `fill` of samples, as long as
+            there are any; None takes all of it.
 
     Raises:
         DataError: before any work, unknown split or bad n, a source without that many images or of another resolution
@@ -55,22 +60,51 @@ def build(
         raise DataError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     maker = instantiate(source, _convert_="all")
     stop = _stop(maker, split, n)
-    labels = instantiate(annotator, _convert_="all")
+    if labels is not None and labels["path"] is not None:
+        annotator = labels
     encoder = instantiate(backbone, _convert_="all")
     if encoder.resolution != (maker.resolution, maker.resolution):
         raise DataError(f"source.resolution: expected the backbone's {encoder.resolution}, got {maker.resolution}")
-    if hasattr(labels, "attach_backbone"):
-        labels.attach_backbone(encoder)
     settings = {"source": dict(source), "annotator": dict(annotator), "shard_size": shard_size}
     settings |= {"pictures": {"resolution": maker.resolution, **maker.describe(split)}}
     wanted = Manifest(split, settings, encoder.autoencoder_id, _versions())
     folder = Path(root) / split
+    last = maker.count(split) if fill else stop
+    labeller = None  # a network is not loaded where nothing is missing
+    if not (folder / "manifest.json").is_file() or not _is_whole(_open(folder, wanted), stop, last):
+        labeller = instantiate(annotator, _convert_="all")
+        if hasattr(labeller, "attach_backbone"):
+            labeller.attach_backbone(encoder)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
+        for unfinished in folder.glob("*.part"):  # what a killed process was writing
+            unfinished.unlink()
         manifest = _open(folder, wanted)
-        writer = ShardWriter(folder, manifest, maker, labels, encoder)
-        (writer.fill if maker.count(split) is None else writer.write)(stop, shard_size)
+        if labeller is not None:
+            writer = ShardWriter(folder, manifest, maker, labeller, encoder)
+            if maker.count(split) is None:
+                writer.fill(stop, shard_size)
+            else:
+                _write(writer, stop, last, shard_size)
     return manifest
+
+
+def _is_whole(manifest: Manifest, count: int, last: int | None) -> bool:
+    """Whether a finite source gave all indices up to `count`, and where that was not enough up to the last."""
+    if last is None:
+        return False
+    made = {index for shard in manifest.shards.values() for index in range(shard["start"], shard["stop"])}
+    enough = len(manifest.indices()) >= count or last == count
+    return made.issuperset(range(count if enough else last))
+
+
+def _write(writer: ShardWriter, count: int, last: int, shard_size: int) -> None:
+    """Brings a folder to `count` indices, and where some are skipped on to as many samples, up to the last index."""
+    stop = count
+    writer.write(stop, shard_size)
+    while (lacking := count - len(writer.manifest.indices())) > 0 and stop < last:
+        stop = min(stop + lacking, last)
+        writer.write(stop, shard_size)
 
 
 def _versions() -> dict[str, str]:
@@ -94,8 +128,6 @@ def _stop(source: Source, split: str, n: int | None) -> int:
 
 def _open(folder: Path, wanted: Manifest) -> Manifest:
     """The folder's manifest, or `wanted` where it has none; refuses one that was made otherwise."""
-    for unfinished in folder.glob("*.part"):  # what a killed process was writing
-        unfinished.unlink()
     if not (folder / "manifest.json").is_file():
         return wanted
     manifest = Manifest.read(folder)

@@ -73,9 +73,9 @@ def check_names(key: str, folder: str, files: Sequence[Path]) -> None:
             raise ValueError(f"{key}={folder}: expected one image for each name of a label, found {names}: rename one")
 
 
-def read_prompt(file: Path) -> str:
-    """The text of a file, "" where there is none; raises ValueError where it cannot be read."""
-    return read_text(file).strip() if file.exists() else ""
+def read_prompt(file: Path, otherwise: str | None = None) -> str:
+    """The text of a file, where there is none the other or ""; raises ValueError where it cannot be read."""
+    return read_text(file).strip() if file.exists() else otherwise or ""
 
 
 class FolderSource:
@@ -90,16 +90,24 @@ class FolderSource:
         validation_share: of all images, in split "val".
         test_share: of all images, in split "test"; the rest is "train".
         seed: of the hash.
+        prompt: of images without a .txt file.
 
     Raises:
         ValueError: the folder is missing or has no image, two images share a name, or see split_by_hash.
     """
 
     def __init__(
-        self, *, path: str, resolution: int, validation_share: float = 0.1, test_share: float = 0.1, seed: int = 0
+        self,
+        *,
+        path: str,
+        resolution: int,
+        validation_share: float = 0.1,
+        test_share: float = 0.1,
+        seed: int = 0,
+        prompt: str | None = None,
     ) -> None:
         self.path = Path(path)
-        self.resolution = resolution
+        self.resolution, self.prompt = resolution, prompt
         files = find_images("pictures.path", path)
         check_names("pictures.path", path, files)
         names = [file.relative_to(self.path).as_posix() for file in files]
@@ -120,7 +128,7 @@ class FolderSource:
     def _read(self, file: Path) -> SourceSample | Skip:
         try:
             opened = open_image(self.path / file)
-            prompt = read_prompt((self.path / file).with_suffix(".txt"))
+            prompt = read_prompt((self.path / file).with_suffix(".txt"), self.prompt)
         except ValueError as error:
             return Skip(f"{file.as_posix()} cannot be read: {error}")
         image = crop_image(opened, self.resolution)
@@ -151,7 +159,7 @@ class VideoFolderSource:
         pairs: per video.
         gaps: frames from the first to the last of a pair, at least and at most.
         clips: give the frames between the two as well, which a tracker needs.
-        validation_share, test_share, seed: see data_prep.sources.folders.FolderSource.
+        validation_share, test_share, seed, prompt: see data_prep.sources.folders.FolderSource.
 
     Raises:
         ValueError: a folder is missing, there is no image, two frames share a mask, or pairs or gaps are too small.
@@ -169,6 +177,7 @@ class VideoFolderSource:
         validation_share: float = 0.1,
         test_share: float = 0.1,
         seed: int = 0,
+        prompt: str | None = None,
     ) -> None:
         files = find_images("pictures.path", path)
         if masks is not None and not Path(masks).is_dir():
@@ -179,7 +188,7 @@ class VideoFolderSource:
             raise ValueError(f"expected pairs and gaps of at least 1, gaps in order, got pairs={pairs}, gaps={gaps}")
         self.path, self.masks = Path(path), None if masks is None else Path(masks)
         self.resolution, self.pairs, self.gaps, self.seed = resolution, pairs, gaps, seed
-        self.clips = clips
+        self.clips, self.prompt = clips, prompt
         self.frames: dict[str, list[Path]] = {}
         for file in files:
             self.frames.setdefault(file.parent.relative_to(self.path).as_posix(), []).append(file)
@@ -210,7 +219,7 @@ class VideoFolderSource:
             step = 1 if self.clips else last - first
             clip = [open_image(frame) for frame in frames[first : last + 1 : step]]
             mask = None if self.masks is None else self._mask(frames[first])
-            prompt = read_prompt(self.path / f"{video}.txt")
+            prompt = read_prompt(self.path / f"{video}.txt", self.prompt)
         except ValueError as error:
             return Skip(f"{video}: a frame or mask cannot be read: {error}")
         sizes = sorted({image.size for image in clip})
