@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from data_prep.records import Source
 from data_prep.writer import ShardWriter
+from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import command
 from rg.data.samples import SPLITS, DataError
 from rg.data.shards import Manifest
@@ -68,24 +69,35 @@ def build(
     settings = {"source": dict(source), "annotator": dict(annotator), "shard_size": shard_size}
     settings |= {"pictures": {"resolution": maker.resolution, **maker.describe(split)}}
     wanted = Manifest(split, settings, encoder.autoencoder_id, _versions())
-    folder = Path(root) / split
-    last = maker.count(split) if fill else stop
-    labeller = None  # a network is not loaded where nothing is missing
+    return _bring(Path(root) / split, wanted, maker, annotator, encoder, stop, maker.count(split) if fill else stop)
+
+
+def _bring(
+    folder: Path,
+    wanted: Manifest,
+    source: Source,
+    annotator: Mapping[str, Any],
+    encoder: DiffusionBackbone,
+    stop: int,
+    last: int | None,
+) -> Manifest:
+    """Brings a folder to `stop` indices, and on to the `last` where too few of them have a sample."""
+    labels = None  # a network is not loaded where nothing is missing
     if not (folder / "manifest.json").is_file() or not _is_whole(_open(folder, wanted), stop, last):
-        labeller = instantiate(annotator, _convert_="all")
-        if hasattr(labeller, "attach_backbone"):
-            labeller.attach_backbone(encoder)
+        labels = instantiate(annotator, _convert_="all")
+        if hasattr(labels, "attach_backbone"):
+            labels.attach_backbone(encoder)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         for unfinished in folder.glob("*.part"):  # what a killed process was writing
             unfinished.unlink()
-        manifest = _open(folder, wanted)
-        if labeller is not None:
-            writer = ShardWriter(folder, manifest, maker, labeller, encoder)
-            if maker.count(split) is None:
-                writer.fill(stop, shard_size)
+        manifest, size = _open(folder, wanted), wanted.settings["shard_size"]
+        if labels is not None:
+            writer = ShardWriter(folder, manifest, source, labels, encoder)
+            if source.count(wanted.split) is None:
+                writer.fill(stop, size)
             else:
-                _write(writer, stop, last, shard_size)
+                _write(writer, stop, last, size)
     return manifest
 
 
