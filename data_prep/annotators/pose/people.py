@@ -1,6 +1,7 @@
 """What all who find people share: the skeleton as a label, and other sets of keypoints as OpenPose's 18."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,6 +41,16 @@ class PoseAnnotator:
             return Skip(f"{sample.name} has no label: no person was found")
         drawing = draw_skeletons(people[None], size, size, self.line_width)[0]
         return Label((drawing * 255).round().byte(), people)
+
+
+def find_model(folder: str, name: str, package: str) -> Path:
+    """A model's file anywhere below a folder; raises FileNotFoundError where there is none."""
+    path = next(iter(sorted(Path(folder).rglob(name))), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"pictures.pose.folder={folder}: expected {name} of {package}, found none: docs/data.md says how to get it"
+        )
+    return path
 
 
 def from_coco(keypoints: Tensor) -> Tensor:
