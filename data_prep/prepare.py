@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from data_prep.records import Source
 from data_prep.writer import ShardWriter
+from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import command
 from rg.data.samples import SPLITS, DataError
 from rg.data.shards import Manifest
@@ -35,6 +36,8 @@ def build(
     backbone: Mapping[str, Any],
     shard_size: int,
     encode_batch: int = 50,
+    labels: Mapping[str, Any] | None = None,
+    fill: bool = False,
     split: str = "train",
     n: int | None = None,
 ) -> Manifest:
@@ -50,9 +53,12 @@ def build(
         backbone: call that gives the rg.backbone.diffusion.DiffusionBackbone whose autoencoder makes the latents.
         shard_size: indices per shard.
         encode_batch: images that go through the autoencoder at once; the last bits of the latents depend on it.
+        labels: constructor call of an annotator that reads files, which stands for the other where its `path` is given.
+        fill: go on where indices are skipped, to the last of a finite source.
         split: one of SPLITS.
         n: number of samples of an endless source, which goes on where some are skipped, up to index 2n; of a finite
-            one the number of indices, of which the skipped ones give no sample; None takes all of it.
+            one the number of indices, of which the skipped ones give no sample, or with `fill` of samples, as long as
+            there are any; None takes all of it.
 
     Raises:
         DataError: before any work, unknown split, bad n or encode_batch, a source without that many images or another
@@ -61,21 +67,43 @@ def build(
     _check(split, encode_batch)
     maker = instantiate(source, _convert_="all")
     stop = _stop(maker, split, n)
-    labels = instantiate(annotator, _convert_="all")
+    if labels is not None and labels["path"] is not None:
+        annotator = labels
     encoder = instantiate(backbone, _convert_="all")
     if encoder.resolution != (maker.resolution, maker.resolution):
         raise DataError(f"source.resolution: expected the backbone's {encoder.resolution}, got {maker.resolution}")
-    if hasattr(labels, "attach_backbone"):
-        labels.attach_backbone(encoder)
     settings = {"source": dict(source), "annotator": dict(annotator), "shard_size": shard_size}
     settings |= {"encode_batch": encode_batch, "pictures": {"resolution": maker.resolution, **maker.describe(split)}}
     wanted = Manifest(split, settings, encoder.autoencoder_id, _versions())
-    folder = Path(root) / split
+    return _bring(Path(root) / split, wanted, maker, annotator, encoder, stop, maker.count(split) if fill else stop)
+
+
+def _bring(
+    folder: Path,
+    wanted: Manifest,
+    source: Source,
+    annotator: Mapping[str, Any],
+    encoder: DiffusionBackbone,
+    stop: int,
+    last: int | None,
+) -> Manifest:
+    """Brings a folder to `stop` indices, and on to the `last` where too few of them have a sample."""
+    labels = None  # a network is not loaded where nothing is missing
+    if not (folder / "manifest.json").is_file() or not _is_whole(_open(folder, wanted), stop, last):
+        labels = instantiate(annotator, _convert_="all")
+        if hasattr(labels, "attach_backbone"):
+            labels.attach_backbone(encoder)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        manifest = _open(folder, wanted)
-        writer = ShardWriter(folder, manifest, maker, labels, encoder, encode_batch)
-        (writer.fill if maker.count(split) is None else writer.write)(stop, shard_size)
+        for unfinished in folder.glob("*.part"):  # what a killed process was writing
+            unfinished.unlink()
+        manifest, size = _open(folder, wanted), wanted.settings["shard_size"]
+        if labels is not None:
+            writer = ShardWriter(folder, manifest, source, labels, encoder, wanted.settings["encode_batch"])
+            if source.count(wanted.split) is None:
+                writer.fill(stop, size)
+            else:
+                _write(writer, stop, last, size)
     return manifest
 
 
@@ -91,6 +119,24 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _is_whole(manifest: Manifest, count: int, last: int | None) -> bool:
+    """Whether a finite source gave all indices up to `count`, and where that was not enough up to the last."""
+    if last is None:
+        return False
+    made = {index for shard in manifest.shards.values() for index in range(shard["start"], shard["stop"])}
+    enough = len(manifest.indices()) >= count or last == count
+    return made.issuperset(range(count if enough else last))
+
+
+def _write(writer: ShardWriter, count: int, last: int, shard_size: int) -> None:
+    """Brings a folder to `count` indices, and where some are skipped on to as many samples, up to the last index."""
+    stop = count
+    writer.write(stop, shard_size)
+    while (lacking := count - len(writer.manifest.indices())) > 0 and stop < last:
+        stop = min(stop + lacking, last)
+        writer.write(stop, shard_size)
 
 
 def _versions() -> dict[str, str]:
@@ -121,9 +167,7 @@ def _stop(source: Source, split: str, n: int | None) -> int:
 
 def _open(folder: Path, wanted: Manifest) -> Manifest:
     """The folder's manifest, or `wanted` where it has none; refuses one that was made otherwise."""
-    for unfinished in folder.glob("*.part"):  # what a killed process was writing
-        unfinished.unlink()
-    if not (folder / "manifest.json").exists():
+    if not (folder / "manifest.json").is_file():
         return wanted
     manifest = Manifest.read(folder)
     old = dict(_flat({**manifest.settings, "autoencoder_id": manifest.autoencoder_id}))

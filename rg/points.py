@@ -138,10 +138,24 @@ def draw_skeletons(keypoints: Tensor, from_size: Size, to_size: Size, width: flo
     strokes = [(a, b, 0.6 * colors[i]) for i, (a, b) in enumerate(LIMBS)] + [(k, k, colors[k]) for k in range(18)]
     for person in range(points.shape[1]):
         for a, b, color in strokes:
+            shown = visible[:, person, a] & visible[:, person, b]
+            if not shown.any():
+                continue
+            place = _reach(points[:, person, [a, b]][shown], width, to_size)
             start, end = points[:, person, a, None, None], points[:, person, b, None, None]
             along = end - start
-            share = ((grid - start) * along).sum(-1) / (along**2).sum(-1).clamp_min(1e-12)
-            distance = (grid - start - share.clamp(0, 1)[..., None] * along).norm(dim=-1)
-            drawn = (distance <= width / 2) & (visible[:, person, a] & visible[:, person, b])[:, None, None]
-            canvas = torch.where(drawn[:, None], color[:, None, None], canvas)
+            share = ((grid[place] - start) * along).sum(-1) / (along**2).sum(-1).clamp_min(1e-12)
+            distance = (grid[place] - start - share.clamp(0, 1)[..., None] * along).norm(dim=-1)
+            drawn = (distance <= width / 2) & shown[:, None, None]
+            part = canvas[..., place[0], place[1]]
+            part.copy_(torch.where(drawn[:, None], color[:, None, None], part))
     return canvas
+
+
+def _reach(points: Tensor, width: float, size: Size) -> tuple[slice, slice]:
+    """Rows and columns of an image of `size` that lie within `width` of any of points (..., 2) or between two."""
+    least, most = points.flatten(0, -2).aminmax(dim=0)
+    least, most = (least - width).floor().long().tolist(), (most + width).ceil().long().tolist()
+    spans = (slice(max(low, 0), max(high + 1, 0)) for low, high in zip(least, most, strict=True))
+    columns, rows = spans
+    return rows, columns

@@ -150,7 +150,8 @@ def test_file_keeps_to_the_architecture(file: str) -> None:
 
 def test_images_of_ones_own_need_no_renderer() -> None:
     own = ["data_prep/prepare.py", "data_prep/sources/folders.py"]
-    own += [f"data_prep/annotators/{name}.py" for name in ("files", "edges", "tracks", "sdedit")]
+    own += [f"data_prep/annotators/{name}.py" for name in ("files", "edges", "tracks", "sdedit", "hed", "midas")]
+    own += ["data_prep/annotators/pose/openpose.py"]
     found = reach(*own)
     assert {"data_prep/records.py", "rg/backbone/diffusion.py"} <= found
     assert not [file for file in found if "/marionette" in file]

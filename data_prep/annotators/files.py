@@ -28,9 +28,9 @@ class FileLabels:
         ValueError: there is no such folder.
     """
 
-    def __init__(self, *, path: str, line_width: float | None = 2.0) -> None:
-        self.path = Path(path)
-        if not self.path.is_dir():
+    def __init__(self, *, path: str | None, line_width: float | None = 2.0) -> None:
+        self.path = Path(path or "")
+        if path is None or not self.path.is_dir():
             raise ValueError(f"pictures.labels={path}: expected a folder of labels, found none")
         self.line_width = line_width
 

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.random import Generator, default_rng
+from PIL import Image
 from torch import Tensor
 
 from data_prep.cropping import crop_box, crop_image
@@ -73,9 +74,9 @@ def check_names(key: str, folder: str, files: Sequence[Path]) -> None:
             raise ValueError(f"{key}={folder}: expected one image for each name of a label, found {names}: rename one")
 
 
-def read_prompt(file: Path) -> str:
-    """The text of a file, "" where there is none; raises ValueError where it cannot be read."""
-    return read_text(file).strip() if file.exists() or file.is_symlink() else ""
+def read_prompt(file: Path, otherwise: str | None = None) -> str:
+    """The text of a file, where there is none the other or ""; raises ValueError where it cannot be read."""
+    return read_text(file).strip() if file.exists() or file.is_symlink() else otherwise or ""
 
 
 class FolderSource:
@@ -90,16 +91,24 @@ class FolderSource:
         validation_share: of all images, in split "val".
         test_share: of all images, in split "test"; the rest is "train".
         seed: of the hash.
+        prompt: of images without a .txt file.
 
     Raises:
         ValueError: the folder is missing or has no image, two images share a name, or see split_by_hash.
     """
 
     def __init__(
-        self, *, path: str, resolution: int, validation_share: float = 0.1, test_share: float = 0.1, seed: int = 0
+        self,
+        *,
+        path: str,
+        resolution: int,
+        validation_share: float = 0.1,
+        test_share: float = 0.1,
+        seed: int = 0,
+        prompt: str | None = None,
     ) -> None:
         self.path = Path(path)
-        self.resolution = resolution
+        self.resolution, self.prompt = resolution, prompt
         files = find_images("pictures.path", path)
         check_names("pictures.path", path, files)
         names = [file.relative_to(self.path).as_posix() for file in files]
@@ -120,7 +129,7 @@ class FolderSource:
     def _read(self, file: Path) -> SourceSample | Skip:
         try:
             opened = open_image(self.path / file)
-            prompt = read_prompt((self.path / file).with_suffix(".txt"))
+            prompt = read_prompt((self.path / file).with_suffix(".txt"), self.prompt)
         except ValueError as error:
             return Skip(f"{file.as_posix()} cannot be read: {error}")
         image = crop_image(opened, self.resolution)
@@ -151,7 +160,7 @@ class VideoFolderSource:
         pairs: per video.
         gaps: frames from the first to the last of a pair, at least and at most.
         clips: give the frames between the two as well, which a tracker needs.
-        validation_share, test_share, seed: see data_prep.sources.folders.FolderSource.
+        validation_share, test_share, seed, prompt: see data_prep.sources.folders.FolderSource.
 
     Raises:
         ValueError: a folder is missing, there is no image, two frames share a mask, or pairs or gaps are too small.
@@ -169,8 +178,9 @@ class VideoFolderSource:
         validation_share: float = 0.1,
         test_share: float = 0.1,
         seed: int = 0,
+        prompt: str | None = None,
     ) -> None:
-        files = find_images("pictures.path", path)
+        files = self.find(path)
         if masks is not None and not Path(masks).is_dir():
             raise ValueError(f"pictures.masks={masks}: expected a folder of masks, found none")
         if masks is not None:
@@ -179,13 +189,30 @@ class VideoFolderSource:
             raise ValueError(f"expected pairs and gaps of at least 1, gaps in order, got pairs={pairs}, gaps={gaps}")
         self.path, self.masks = Path(path), None if masks is None else Path(masks)
         self.resolution, self.pairs, self.gaps, self.seed = resolution, pairs, gaps, seed
-        self.clips = clips
-        self.frames: dict[str, list[Path]] = {}
-        for file in files:
-            self.frames.setdefault(file.parent.relative_to(self.path).as_posix(), []).append(file)
+        self.clips, self.prompt = clips, prompt
+        self.frames = self.group(files)
         self.videos = split_by_hash(
             sorted(self.frames, key=natural_key), validation_share=validation_share, test_share=test_share, seed=seed
         )
+
+    def find(self, path: str) -> list[Path]:
+        """The files below a folder; raises ValueError where there is none."""
+        return find_images("pictures.path", path)
+
+    def group(self, files: Sequence[Path]) -> dict[str, list[Path]]:
+        """The frames of each video by its name."""
+        frames: dict[str, list[Path]] = {}
+        for file in files:
+            frames.setdefault(file.parent.relative_to(self.path).as_posix(), []).append(file)
+        return frames
+
+    def open_frames(self, video: str, numbers: Sequence[int]) -> list[Image.Image]:
+        """Some frames of a video; raises ValueError where one cannot be read."""
+        return [open_image(self.frames[video][number]) for number in numbers]
+
+    def length(self, video: str) -> int:
+        """How many frames a video has; raises ValueError where it cannot be read."""
+        return len(self.frames[video])
 
     def describe(self, split: str) -> dict[str, Any]:
         """The crop and the names: another set of frames gives the indices another meaning."""
@@ -201,16 +228,15 @@ class VideoFolderSource:
         return [self._read(self.videos[split][video], pair) for video, pair in places]
 
     def _read(self, video: str, pair: int) -> SourceGroup | Skip:
-        frames = self.frames[video]
-        if len(frames) <= self.gaps[0]:
-            return Skip(f"{video}: expected more than {self.gaps[0]} frames, found {len(frames)}")
         name = int.from_bytes(hashlib.sha256(os.fsencode(video)).digest()[:8], "big")
-        first, last = draw_pair(default_rng((self.seed, name, pair)), len(frames), self.gaps)
         try:
-            step = 1 if self.clips else last - first
-            clip = [open_image(frame) for frame in frames[first : last + 1 : step]]
-            mask = None if self.masks is None else self._mask(frames[first])
-            prompt = read_prompt(self.path / f"{video}.txt")
+            frames = self.length(video)
+            if frames <= self.gaps[0]:
+                return Skip(f"{video}: expected more than {self.gaps[0]} frames, found {frames}")
+            first, last = draw_pair(default_rng((self.seed, name, pair)), frames, self.gaps)
+            clip = self.open_frames(video, range(first, last + 1, 1 if self.clips else last - first))
+            mask = None if self.masks is None else self._mask(self.frames[video][first])
+            prompt = read_prompt(self.path / f"{video}.txt", self.prompt)
         except ValueError as error:
             return Skip(f"{video}: a frame or mask cannot be read: {error}")
         sizes = sorted({image.size for image in clip})

@@ -356,7 +356,12 @@ FOLDERS = ["pictures.path={0}/images", "pictures.labels={0}/labels", "data.build
             [*FOLDERS, "data=appearance"],
             r"pictures\.path={0}/images: .*images .*none",
         ),
-        (["images/0.png"], FOLDERS[:1], r"pictures\.labels=data/marionette_labels: .*folder.* none"),
+        (["images/0.png"], FOLDERS[:1], r"body_pose_model\.pth: .*hub.*pictures\.pose\.weights=.*pictures\.labels="),
+        (
+            ["images/0.png"],
+            [*FOLDERS[:1], "pictures/pose=movenet", "pictures.pose.folder={0}"],
+            r"pictures\.pose\.folder={0}: .*movenet-multipose\.json.* none",
+        ),
         (["images/0.png"], FOLDERS, r"pictures\.labels={0}/labels: .*folder.* none"),
         (
             ["images/0/0.png"],

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import AutoPipelineForImage2Image
 
-from data_prep.annotators.sdedit import SDEdit
+from data_prep.annotators.sdedit import LateStart, SDEdit
 from data_prep.marionette.render import render_scenes
 from data_prep.marionette.scene import SHAPE
 from data_prep.marionette.scene_sampling import draw_scene
@@ -14,6 +15,8 @@ from data_prep.records import SourceGroup
 from data_prep.sources.marionette import APPEARANCE, AppearanceTriplets, IdentityTriplets
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.data.shards import read_shards
+from tests import families
+from tests.families import MODELS
 
 WORDS = {"shirt", "skin", "hair", "hair_length", "hat", "glasses", "shirt_pattern"}
 
@@ -103,6 +106,26 @@ def test_an_edit_follows_the_prompt_meant_for_it(editor):
     (plain,), (asked,) = editor.annotate([group]), editor.annotate([replace(group, edit_prompt="snow")])
     (same,) = editor.annotate([replace(group, prompt="snow")])
     assert torch.equal(asked.images, same.images) and not torch.equal(asked.images[2], plain.images[2])
+
+
+def test_a_late_start_edits_as_an_image_to_image_pipeline_does(tiny_pipeline):
+    backbone, image = DiffusionBackbone(tiny_pipeline()), groups(3)[2].images
+    pipe = AutoPipelineForImage2Image.from_pipe(backbone.pipeline)
+    arguments = {"strength": 0.5, "guidance_scale": 3.5, "num_inference_steps": 6}
+    generators = [[torch.Generator().manual_seed(i) for i in range(3)] for _ in range(2)]
+    wanted = pipe(["grass"] * 3, image=image / 255, generator=generators[0], output_type="pt", **arguments).images
+    found = LateStart(backbone)(["grass"] * 3, image=image / 255, generator=generators[1], **arguments)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3)
+    assert backbone.pipeline.scheduler is pipe.scheduler
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_family_edits(model, tokenizer):
+    edit = SDEdit(num_inference_steps=4)
+    edit.attach_backbone(DiffusionBackbone(families.build(model, tokenizer)))
+    labels, (alone,) = edit.annotate(groups(2)), edit.annotate(groups(2)[1:])
+    assert labels[1].images.shape == (3, 3, 32, 32) and torch.equal(labels[1].images, alone.images)
+    assert labels[0].images[2].float().std() > 1 and not torch.equal(labels[0].images[2], labels[1].images[2])
 
 
 def test_known_negatives_come_after_the_edit(editor):
