@@ -72,13 +72,8 @@ def command(config_name: str, stopped: str = "the same command goes on") -> Call
                 check(cfg, added_names(sys.argv[1:]))
                 if not cfg.get("verbose"):
                     quiet_libraries()
-                try:
+                with _named(cfg.get("run_dir", ".")):
                     return function(cfg)
-                except OSError as error:
-                    if not error.errno or error.filename is not None:
-                        raise
-                    # What a library writes into the run's folder, its tables and logs, does not say where.
-                    raise OSError(error.errno, error.strerror, cfg.get("run_dir", ".")) from error
 
             main_of = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
             shown = os.environ.get("HYDRA_FULL_ERROR")
@@ -102,6 +97,17 @@ def command(config_name: str, stopped: str = "the same command goes on") -> Call
         return main
 
     return decorate
+
+
+@contextmanager
+def _named(folder: str) -> Iterator[None]:
+    """Gives errors of the disk a place: what libraries write, their tables and logs, does not say where it is."""
+    try:
+        yield
+    except OSError as error:
+        if not error.errno or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, folder) from error
 
 
 def one_line_errors(function: Callable[..., Any], stopped: str = "", stack: bool = False) -> Callable[..., Any]:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning import seed_everything
+from lightning import Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.callbacks import LAST, finish_wandb, newest_checkpoint
 from rg.cli import claimed, command, link_latest
+from rg.data.datamodule import ReadoutDataModule
 from rg.heads.base import ReadoutHead
 
 log = logging.getLogger(__name__)
@@ -24,12 +25,6 @@ def train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
     Raises:
         ValueError: every checkpoint there is damaged, or another process works in run_dir.
     """
-    with claimed(run_dir) if rank_zero_only.rank == 0 else nullcontext():
-        return _train(cfg, run_dir)
-
-
-def _train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
-    checkpoint = newest_checkpoint(run_dir / "checkpoints")
     seed_everything(cfg.seed, workers=True, verbose=False)
     backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
     widths = {name: getattr(backbone, name) for name in ("tap_channels", "time_embed_dim", "condition_dim")}
@@ -38,6 +33,14 @@ def _train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
     data = instantiate(cfg.data, autoencoder_id=backbone.autoencoder_id)
     trainer = instantiate(cfg.trainer, logger=list(instantiate(cfg.logger).values()))
     backbone.to(trainer.strategy.root_device)
+    # Other ranks of this run work beside the first; before the fit their trainers do not know that they are others.
+    with claimed(run_dir) if rank_zero_only.rank == 0 else nullcontext():
+        _fit(trainer, head, data, run_dir)
+    return head
+
+
+def _fit(trainer: Trainer, head: ReadoutHead, data: ReadoutDataModule, run_dir: Path) -> None:
+    checkpoint = newest_checkpoint(run_dir / "checkpoints")
     if checkpoint is not None:
         log.info("resuming %s", checkpoint)
     try:
@@ -55,7 +58,6 @@ def _train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
         head.save_pretrained(run_dir / "head")
         link_latest(run_dir)
         log.info("head: %s", run_dir / "head")
-    return head
 
 
 @command("train", stopped="the same command with resume=true goes on")
