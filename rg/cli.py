@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CONF = Path(__file__).parents[1] / "conf"
 OUTPUTS = "outputs"
+MAX_DEPTH = 32  # of lists and mappings in an override
 # OSError: a folder that cannot be written to, a full disk; ImportError: Hydra found no such _target_.
 BAD_INPUT = (ValueError, OSError, FloatingPointError, ImportError)
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
@@ -205,6 +206,9 @@ def check_overrides(config_name: str, words: Sequence[str]) -> None:
     """
     name = config_name.split("/")[-1]
     for word in words:
+        steps = ((letter in "[{") - (letter in "]}") for letter in word)
+        if (depth := max(itertools.accumulate(steps), default=0)) > MAX_DEPTH:
+            raise ValueError(f"{word[:40]}...: expected at most {MAX_DEPTH} brackets inside each other, found {depth}")
         for owner, begin, today in RENAMED:
             if owner in (None, name) and word.startswith(begin):
                 raise ValueError(f"{word}: now written {today}")
@@ -247,14 +251,18 @@ def explain(config_name: str, error: Exception, words: Sequence[str]) -> str:
     if missing := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{missing[1]}: not given, expected {missing[1]}=..."
     if called := re.search(r"^Error in call to target '.*?\.?(\w+)': .*? full_key: (\S+)", text):
-        return f"{called[2]}: {called[1]}: {error.__cause__}"
+        return f"{called[2]}: {called[1]}: {str(error.__cause__).splitlines()[0]}"
     return text
 
 
 def _settings(config_name: str, words: Sequence[str]) -> list[str]:
     """Dotted names of all settings of a command with the choices of files in words."""
     choices = [word for word in words if (CONF / word.lstrip("+").split("=")[0]).is_dir()]
-    return list(_flat(OmegaConf.to_container(compose_config(config_name, choices), resolve=False)))
+    try:
+        cfg = compose_config(config_name, choices)
+    except Exception:  # the choices themselves are bad
+        cfg = compose_config(config_name, ())
+    return list(_flat(OmegaConf.to_container(cfg, resolve=False)))
 
 
 def _flat(node: Any, path: str = "") -> Iterator[str]:

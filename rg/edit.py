@@ -218,7 +218,7 @@ class Edit:
                 f"reference: expected scheduler=ddim and sampling.eta=0, which can be inverted, got {cfg.scheduler} "
                 f"and {cfg.sampling.eta}"
             )
-        image = load_control(cfg.reference, self.size)
+        image = load_control(cfg.reference, self.size, "reference")
         if not isinstance(image, Image.Image):
             raise ValueError(f"reference={cfg.reference}: expected an image, found keypoints")
         return image

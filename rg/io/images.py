@@ -141,11 +141,11 @@ def to_bytes(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def load_control(path: str | Path, image_size: Size) -> Tensor | Image.Image:
+def load_control(path: str | Path, image_size: Size, name: str = "control") -> Tensor | Image.Image:
     """A control from a file: an image as RGB, or keypoints as .json, moved to the image that will be made.
 
     The JSON holds {"size": [height, width], "keypoints": [people][18][x, y, visible]}, in pixels of that size, see
-    rg.io.keypoints.
+    rg.io.keypoints. Errors call the setting that names the file by `name`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -153,16 +153,16 @@ def load_control(path: str | Path, image_size: Size) -> Tensor | Image.Image:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"control={path}: there is no such file")
+        raise FileNotFoundError(f"{name}={path}: there is no such file")
     try:
         if path.suffix.lower() != ".json":
             return open_image(path)
         pose = read_pose(path, SizedPose)
     except ValueError as error:
-        raise ValueError(f"control={error}") from error
+        raise ValueError(f"{name}={error}") from error
     keypoints = to_tensor(pose.keypoints)
     if not len(keypoints):
-        raise ValueError(f"control={path}: keypoints: expected at least 1 person, found none")
+        raise ValueError(f"{name}={path}: keypoints: expected at least 1 person, found none")
     moved = rescale(keypoints[..., :2], (pose.size[0], pose.size[1]), image_size)
     return torch.cat([moved, keypoints[..., 2:]], -1)[None]
 

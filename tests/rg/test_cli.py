@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -384,3 +385,12 @@ def test_what_the_disk_refuses_and_names_of_several_lines_are_one_line():
         with pytest.raises(SystemExit) as caught:
             one_line_errors(fail)(error)
         assert "\n" not in str(caught.value) and ("a/b" in str(caught.value) or r"line\nbreak" in str(caught.value))
+
+
+def test_choices_that_are_none_and_endless_brackets_are_named():
+    with pytest.raises(ValueError, match=r"prompt=\[\[.*at most 32.* found 200"):
+        check_overrides("sample", ["prompt=" + "[" * 200 + "]" * 200])
+    check_overrides("edit", ["drag=[" + ",".join(["[1,2,3,4]"] * 200) + "]"])
+    with pytest.raises(HydraException) as caught:
+        compose_config("sample", ["head="])
+    assert explain("sample", caught.value, ["head="]).startswith("head: no such setting; did you mean ")
