@@ -11,6 +11,7 @@ import torch
 from diffusers.models.autoencoders.vae import Encoder
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -433,3 +434,24 @@ def test_an_endless_source_goes_on_where_samples_are_skipped(tmp_path, model):
     recipe["annotator"] = {**annotator, "min_points": 65}
     manifest = build(root=str(tmp_path / "none"), n=2, shard_size=4, **recipe)
     assert manifest.indices() == [] and len(manifest.skipped) == 4
+
+
+def test_labels_of_ones_own_stand_for_those_of_a_network(tmp_path, recipe):
+    """Nothing of the network is looked for, and the manifest is that of a recipe that knows of none."""
+    plain = build(root=str(tmp_path / "plain"), n=5, **recipe)
+    network = {"_target_": "data_prep.annotators.pose.movenet.MoveNet", "folder": str(tmp_path / "nowhere")}
+    labels, recipe["annotator"] = recipe["annotator"], network
+    assert build(root=str(tmp_path / "both"), n=5, labels=labels, **recipe) == plain
+    assert contents(tmp_path / "both/train") == contents(tmp_path / "plain/train")
+    with pytest.raises(InstantiationException, match="pictures.pose.folder=.*nowhere"):
+        build(root=str(tmp_path / "none"), n=5, labels={**labels, "path": None}, **recipe)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_network_is_not_asked_for_where_all_labels_are_made(tmp_path, recipe):
+    build(root=str(tmp_path / "out"), n=5, **recipe)
+    labels = tmp_path / "labels"
+    labels.rename(tmp_path / "moved")
+    assert len(build(root=str(tmp_path / "out"), n=5, **recipe).indices()) == 5
+    with pytest.raises(InstantiationException, match="pictures.labels=.*labels"):
+        build(root=str(tmp_path / "out"), n=6, **recipe)
