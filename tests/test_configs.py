@@ -101,7 +101,8 @@ def misfits(node: Any) -> list[str]:
             signature = signature_of(get_object(target))
             given = {name: None for name in GIVEN if name in signature.parameters}
             keys = given | {key: value for key, value in call.items() if key not in INSTRUCTIONS}
-            bind = signature.bind_partial if call.get("_partial_") or "defaults" in call else signature.bind
+            # What a file with defaults leaves out, those say; composed, below, it is all there.
+            bind = signature.bind_partial if call.get("_partial_") or "defaults" in node else signature.bind
             bind(*call.get("_args_", ()), **keys)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             found.append(f"{path or '(top)'}: {target}: {error}")
