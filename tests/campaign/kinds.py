@@ -22,7 +22,7 @@ from experiments.quality.errors import errors
 from experiments.quality.sweeps import evaluation_table, training_table
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.callbacks import Checkpoints, newest_checkpoint, read_checkpoint
-from rg.data.samples import Group, Sample
+from rg.data.samples import Group, Sample, to_png
 from rg.data.shards import Manifest, read_shards
 from rg.detectors import AttributeClassifier, KeypointDetector
 from rg.edit import Frame, parse_boxes, parse_drag, parse_terms
@@ -146,19 +146,19 @@ def make_shards(folder: Path, records: list[Sample] | list[Group], kind: str) ->
 
 def make_samples(folder: Path) -> None:
     def sample(index: int) -> Sample:
-        images = torch.from_numpy(draw(index, 2, 3, 8, 8))
+        image, label = map(to_png, torch.from_numpy(draw(index, 2, 3, 8, 8)))
         latent = torch.from_numpy(draw(index, 4, 2, 2)).half() / 256
         words = (f"image {index}", "noise", (0, index), [{"shirt": "red"}])
-        return Sample(index, images[0], images[1], torch.tensor(pose(index)), latent, *words)
+        return Sample(index, image, label, (8, 8), torch.tensor(pose(index)), latent, *words)
 
     make_shards(folder, [sample(index) for index in range(6)], "image")
 
 
 def make_groups(folder: Path) -> None:
     def group(index: int) -> Group:
-        images, points = torch.from_numpy(draw(index, 2, 3, 8, 8)), torch.ones(3, 2, 3)
+        images, points = tuple(map(to_png, torch.from_numpy(draw(index, 2, 3, 8, 8)))), torch.ones(3, 2, 3)
         latents = torch.from_numpy(draw(index, 2, 4, 2, 2)).half() / 256
-        return Group(index, images, points * (index + 1), None, latents, f"group {index}", "video", None, None)
+        return Group(index, images, (8, 8), points * (index + 1), None, latents, f"group {index}", "video", None, None)
 
     make_shards(folder, [group(index) for index in range(6)], "group")
 

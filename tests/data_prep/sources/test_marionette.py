@@ -174,7 +174,7 @@ def test_shards_of_pairs_count_and_name_what_they_lack(recipe, tmp_path):
     assert kept and set(kept) <= {0, 1, 6, 7}  # of the bear and the cow
     groups = read_shards(tmp_path / "out/train")
     assert isinstance(groups, Groups) and groups.index.tolist() == kept
-    assert groups.image.shape[1:] == (2, 3, 32, 32) and groups.latent.shape[1:] == (2, 8, 8, 8)
+    assert groups[0]["image"].shape == (2, 3, 32, 32) and groups.latent.shape[1:] == (2, 8, 8, 8)
     assert groups.turn.isnan().all() and (groups.points[..., 2].all(2).sum(1) >= 2).all()
     whole = {path.name: path.read_bytes() for path in (tmp_path / "out/train").iterdir()}
     for n in (3, 10):
