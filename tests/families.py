@@ -5,10 +5,12 @@ not: the text embeddings are 8, 12 and 16 wide in Stable Diffusion 1, 2 and SDXL
 """
 
 import string
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -52,6 +54,13 @@ FAMILIES: dict[str, tuple[str, str, int]] = {
     "pixart_alpha": ("PixArtAlphaPipeline", "pixart", 4),
 }
 MODELS = ("sd15", "sd21", "sdxl", "pixart")
+
+
+def mostly_slow(families: Iterable[str], fast: tuple[str, ...] = ("sd15", "sdxl_controlnet", "pixart")) -> list[Any]:
+    """Families as parameters of a test that is slow for all but a few of them."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in families]
+
+
 TEXT_WIDTH = {"sd15": 8, "sd21": 12, "sdxl": 8}
 
 

@@ -336,6 +336,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_libraries_are_quiet_unless_they_are_asked():
     quiet, loud = (run("-c", NOISY, "run=x", "name=y", f"verbose={verbose}") for verbose in ("false", "true"))
     said = [re.findall(r"said by (\S+)|(a warning|old|of use)$", r.stdout + r.stderr, re.M) for r in (quiet, loud)]

@@ -69,6 +69,7 @@ def test_a_run_counts_what_it_left_out_and_takes_any_alphas(evaluation):
     assert results["left_out"] == 0 and set(results["pck"]) == {"0.15", "0.05"} and results["images"] == 2
 
 
+@pytest.mark.slow
 def test_what_is_damaged_is_made_again_and_nothing_else(evaluation, tmp_path, caplog):
     words = ["images=3", "batch_size=2"]
     results, samples = evaluation(*words).run(), tmp_path / "run" / "samples"

@@ -24,6 +24,7 @@ def test_importing_the_package_loads_nothing_heavy(root):
     assert done.stdout.split() == []
 
 
+@pytest.mark.slow
 def test_guidance_loads_no_lightning() -> None:
     code = "import sys; from rg import ReadoutGuidance; print(*{'lightning', 'torchmetrics'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []

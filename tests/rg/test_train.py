@@ -152,7 +152,8 @@ def test_another_seed_is_another_run(folder, uninterrupted):
 
 
 @pytest.mark.parametrize(
-    ("experiment", "scores"), [("depth", {"si_log": 5.0, "delta1.25": 1.0}), ("edge", {"f@1px": 1.0})]
+    ("experiment", "scores"),
+    [("depth", {"si_log": 5.0, "delta1.25": 1.0}), pytest.param("edge", {"f@1px": 1.0}, marks=pytest.mark.slow)],
 )
 def test_depth_and_edges_are_trained_and_scored(folder, experiment, scores):
     words = [f"data.builder.root={folder / experiment}", "trainer.max_steps=4"]

@@ -18,7 +18,10 @@ IMAGES = {"correspondence": 2, "appearance": 4, "identity": 5}
 NEGATIVES = {"appearance": ("edited", "rendered"), "identity": ("edited", "lookalike", "stranger")}
 
 
-@pytest.fixture(scope="module", params=list(IMAGES))
+@pytest.fixture(
+    scope="module",
+    params=[*list(IMAGES)[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in list(IMAGES)[1:])],
+)
 def trained(request, tmp_path_factory):
     """Name and run folder of a run of 3 steps on 4 groups; it finds no data and makes it."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)

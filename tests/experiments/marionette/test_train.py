@@ -33,6 +33,7 @@ def with_tiny_commands(settings: dict[str, Any], folder: Path) -> dict[str, Any]
     return settings
 
 
+@pytest.mark.slow
 def test_calls_without_time_get_through_all_stages(
     training: Callable[..., dict[str, Any]], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

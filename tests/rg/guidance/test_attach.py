@@ -136,6 +136,7 @@ def test_compiled_parts_that_hold_taps_run_uncompiled_and_say_so(tokenizer, fami
     assert [module._compiled_call_impl for module in denoiser.modules()] == compiled
 
 
+@pytest.mark.slow
 def test_compiled_attention_blocks_stay_compiled(tokenizer, caplog):
     guided = denoise(build("sdxl", tokenizer), "sdxl", strong())
     pipe = build("sdxl", tokenizer)

@@ -12,7 +12,7 @@ from rg.guidance.targets import FixedTarget
 from rg.guidance.updates import alpha_bar
 from rg.heads.protocol import FunctionHead
 from rg.heads.spatial import SpatialHead
-from tests.families import FAMILIES, MODELS, build, denoise
+from tests.families import FAMILIES, MODELS, build, denoise, mostly_slow
 
 
 def brightness(features, time_embedding):
@@ -56,7 +56,7 @@ def traces(pipe):
     return modules, flags, names, {key: id(part) for key, part in parts.items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES))
 def test_scale_zero_is_plain_sampling_and_nothing_is_left_behind(tokenizer, family):
     pipe = build(family, tokenizer)
     plain, before = denoise(pipe, family), traces(pipe)
@@ -70,7 +70,7 @@ def test_scale_zero_is_plain_sampling_and_nothing_is_left_behind(tokenizer, fami
     assert torch.equal(denoise(pipe, family), plain)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES))
 def test_what_is_added_is_the_gradient_of_the_energy(tokenizer, family):
     # Both branches: rows, residuals and extra input channels as the pipeline itself gives them; no call of one's own.
     pipe = build(family, tokenizer)
@@ -114,7 +114,7 @@ def test_the_guided_energy_falls(tokenizer, family, settings):
     assert (guidance.trace[-1].energy < unguided.trace[-1].energy).all()
 
 
-@pytest.mark.parametrize("family", [*MODELS, "sdxl_controlnet", "sd15_adapter"])
+@pytest.mark.parametrize("family", mostly_slow([*MODELS, "sdxl_controlnet", "sd15_adapter"]))
 @pytest.mark.parametrize(
     "changes",
     [

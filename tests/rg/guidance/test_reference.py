@@ -13,7 +13,7 @@ from rg.backbone.inversion import MIRRORED, invert
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import ReferenceTarget
 from rg.heads.protocol import EnergyHead, FunctionHead
-from tests.families import MODELS, build, denoise
+from tests.families import MODELS, build, denoise, mostly_slow
 
 
 class Look(EnergyHead):
@@ -151,7 +151,7 @@ def test_a_shortened_run_counts_its_own_steps(tokenizer, family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", mostly_slow(MODELS, ("sd15",)))
 def test_a_real_image_is_inverted_recorded_and_guides(tokenizer, model, dtype):
     pipe = build(model, tokenizer, dtype=dtype)
     with torch.no_grad():

@@ -114,6 +114,7 @@ def test_accuracy_matches_people_whatever_their_score() -> None:
     assert accuracy(found, keypoints, True) == [0.75] * 3
 
 
+@pytest.mark.slow
 def test_command_runs_and_resumes_to_the_same_weights(settings: dict[str, Any]) -> None:
     settings["finder_widths"] = [8, 8, 8]
     embedded = DiffusionBackbone.from_pretrained(settings["backbone"], device="cpu")
