@@ -1,5 +1,6 @@
 """Readout guidance: steer diffusion models by small networks that read their features."""
 
+import os
 import sys
 from importlib import import_module
 from types import TracebackType
@@ -41,6 +42,9 @@ def _say_stopped(kind: type[BaseException], error: BaseException, trace: Traceba
 
 if any(word.startswith(("rg.", "data_prep.", "experiments.")) for word in sys.orig_argv[2:3] if "-m" in sys.orig_argv):
     sys.excepthook = _say_stopped  # a command is stopped while its libraries are loaded
+    if "verbose=true" not in sys.orig_argv:
+        for library in ("TRANSFORMERS", "DIFFUSERS"):  # what they say while they are loaded
+            os.environ.setdefault(f"{library}_VERBOSITY", "error")
 if {"-h", "--help"} & set(sys.orig_argv[1:]):
     # Here, before a command's module imports torch.
     from rg.cli import answer_help

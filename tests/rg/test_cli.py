@@ -395,3 +395,9 @@ def test_choices_that_are_none_and_endless_brackets_are_named():
     with pytest.raises(HydraException) as caught:
         compose_config("sample", ["head="])
     assert explain("sample", caught.value, ["head="]).startswith("head: no such setting; did you mean ")
+
+
+@pytest.mark.slow
+def test_libraries_say_nothing_while_they_are_loaded():
+    found = run("-m", "rg.sample", "+experiment=pose_control", "control=nowhere.json")
+    assert found.returncode == 1 and len(found.stderr.splitlines()) == 1 and "nowhere.json" in found.stderr, found
