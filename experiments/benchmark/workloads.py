@@ -4,19 +4,17 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from experiments.benchmark.architectures import build_backbone
 from experiments.benchmark.released import Compare, both_branches, sample_as_released
 from rg.backbone.features import predict, select_rows
-from rg.cli import CONF
+from rg.cli import compose_config
 from rg.guidance.energy import gradient_at
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget, ReferenceTarget
@@ -78,13 +76,7 @@ class Bench:
         self.pipe.scheduler.set_timesteps(settings.steps)
         self.timesteps = self.pipe.scheduler.timesteps
         torch.manual_seed(settings.seed)
-        self.config = OmegaConf.create(
-            {
-                "seed": settings.seed,
-                "world": OmegaConf.load(Path(CONF) / "world" / f"{settings.model}.yaml"),
-                "head": OmegaConf.load(Path(CONF) / "head" / "pose.yaml"),
-            }
-        )
+        self.config = compose_config("train", [f"world={settings.model}", "head=pose"])
         self.tasks = {"spatial": self._spatial(generator), "drag": self._drag(generator)}
 
     def _frozen(self, build: Callable[..., ReadoutHead], **arguments: Any) -> ReadoutHead:
