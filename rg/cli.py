@@ -216,8 +216,8 @@ def check_overrides(config_name: str, words: Sequence[str]) -> None:
         folder = CONF / group.split("@")[0]
         if not value or not re.fullmatch(r"[\w/]+", folder.relative_to(CONF).as_posix()) or not folder.is_dir():
             continue
-        if value.startswith("{"):  # the settings themselves, in place of a file's
-            continue
+        if value.startswith("{") or any("hydra.searchpath" in other for other in words):
+            continue  # the settings themselves, or perhaps a file of another folder
         files = {path.relative_to(folder).as_posix()[:-5] for path in folder.rglob("[!_]*.yaml")}
         for choice in value.split(",") if {"-m", "--multirun"} & set(words) else [value]:
             if choice not in files and choice != "null":
