@@ -30,7 +30,7 @@ from rg.heads.base import ReadoutHead
 from rg.io.figures import image_grid, save_figure
 from rg.io.files import write_json, write_text
 from rg.io.images import from_bytes, open_saved, pixels, save_image
-from rg.metrics.keypoints import box_side, check_alphas
+from rg.metrics.keypoints import check_alphas, measurable
 from rg.points import draw_skeletons
 from rg.report import CONDITIONS, distances_to, headline, read_record, score_images, summarise, table
 
@@ -45,7 +45,7 @@ def check_settings(cfg: DictConfig) -> None:
             raise ValueError(f"{name}: expected at least 1, got {cfg[name]}")
 
 
-def measurable(samples: Samples | Groups) -> Samples:
+def measurable_samples(samples: Samples | Groups) -> Samples:
     """The samples that keypoints can be measured on: those of a person with two visible ones, which have a distance.
 
     Raises:
@@ -53,8 +53,7 @@ def measurable(samples: Samples | Groups) -> Samples:
     """
     if not isinstance(samples, Samples):
         raise ValueError("data: expected images with keypoints, such as data=pose, found groups of images")
-    people = samples.keypoints.flatten(0, 1)
-    kept = (box_side(people[..., :2], people[..., 2] > 0) > 0).view(len(samples), -1).any(1)
+    kept = measurable(samples.keypoints[..., :2], samples.keypoints[..., 2] > 0).any(1)
     if not kept.any():
         raise ValueError(f"data: expected images with a person to measure, found none in {len(samples)} images")
     return samples.take(kept.nonzero().flatten().tolist())
@@ -81,7 +80,7 @@ class Evaluation:
         instantiate(cfg.data.builder)(split=cfg.split, n=cfg.images)
         folder = Path(cfg.data.root) / cfg.split
         found = read_shards(folder, cfg.images, autoencoder_id=self.backbone.autoencoder_id)
-        self.samples = measurable(found)
+        self.samples = measurable_samples(found)
         self.left_out = len(found) - len(self.samples)
         if self.left_out:
             log.info("%d of %d images show nobody to measure and are left out", self.left_out, len(found))

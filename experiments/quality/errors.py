@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from rg.cli import command
 from rg.data.shards import read_shards
 from rg.detectors.keypoints import MIRROR
-from rg.evaluate import measurable
+from rg.evaluate import measurable_samples
 from rg.io.files import read_json, write_text
 from rg.io.records import Record, validate
 from rg.metrics.keypoints import box_side
@@ -44,7 +44,7 @@ def errors(run_dir: Path, alpha: float = 0.1) -> str:
     """Markdown: errors that swapping left and right would mend, failed images, and PCK@alpha by keypoint."""
     path = run_dir / "settings.json"
     settings = validate(Evaluated, read_json(path), str(path)).settings
-    samples = measurable(read_shards(Path(settings.data.root) / settings.split, settings.images))
+    samples = measurable_samples(read_shards(Path(settings.data.root) / settings.split, settings.images))
     paths = [run_dir / "samples" / f"{position:05d}.json" for position in range(len(samples))]
     records = [read_record(path, position, settings.alphas) for position, path in enumerate(paths)]
     people = (samples.keypoints[..., 2] > 0).any(-1)  # every one of them counts alike

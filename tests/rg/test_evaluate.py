@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 
 from rg.data.samples import Groups, Samples, to_png
-from rg.evaluate import Evaluation, measurable
+from rg.evaluate import Evaluation, measurable_samples
 
 
 def make_samples(*visible: int) -> Samples:
@@ -22,18 +22,18 @@ def make_samples(*visible: int) -> Samples:
 
 def test_images_without_a_person_to_measure_are_left_out():
     samples = make_samples(18, 0, 1, 2)
-    kept = measurable(samples)
+    kept = measurable_samples(samples)
     assert kept.index.tolist() == [0, 3] and kept.prompt == ["image 0", "image 3"]
     assert torch.equal(kept.keypoints, samples.keypoints[[0, 3]]) and len(kept.latent) == len(kept.label) == 2
-    assert measurable(make_samples(3, 18)).index.tolist() == [0, 1]
+    assert measurable_samples(make_samples(3, 18)).index.tolist() == [0, 1]
 
 
 def test_nobody_at_all_is_an_error():
     with pytest.raises(ValueError, match="data: .*person.* 2 images"):
-        measurable(make_samples(0, 1))
+        measurable_samples(make_samples(0, 1))
     groups = Groups(*[torch.zeros(1)] * 5, prompt=[""], size=(8, 8))
     with pytest.raises(ValueError, match="data: .*keypoints.*groups"):
-        measurable(groups)
+        measurable_samples(groups)
 
 
 @pytest.fixture
