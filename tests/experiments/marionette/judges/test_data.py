@@ -66,7 +66,8 @@ def test_the_autoencoder_gives_its_mean_or_a_sample(tiny_pipeline: Callable[...,
     images = make_renders(3, "train", 2, side=32, kinds=ONE).image
     mean = through_autoencoder(images, backbone)
     exact = to_bytes(backbone.decode(backbone.encode(from_bytes(images))[0]))
-    assert mean.dtype == torch.uint8 and (mean.int() - exact.int()).abs().float().mean() < 1
+    # One level where the processor multiplies in bfloat16; a sample differs by forty.
+    assert mean.dtype == torch.uint8 and (mean.int() - exact.int()).abs().float().mean() < 3
     sample = through_autoencoder(images, backbone, torch.Generator().manual_seed(0))
     assert not torch.equal(sample, mean)
     assert torch.equal(sample, through_autoencoder(images, backbone, torch.Generator().manual_seed(0)))
