@@ -70,7 +70,7 @@ def command(config_name: str, stopped: str = "the same command goes on") -> Call
 
             @functools.wraps(function)
             def job(cfg: DictConfig) -> Any:
-                check(cfg, added_names(sys.argv[1:]))
+                check(cfg, added_names(sys.argv[1:]), removed_names(sys.argv[1:]))
                 if not cfg.get("verbose"):
                     quiet_libraries()
                 with _named(cfg.get("run_dir", ".")):
@@ -162,6 +162,11 @@ def added_names(words: Sequence[str]) -> list[str]:
     return [name for name in names if not name.startswith("hydra") and not (CONF / name.split("@")[0]).is_dir()]
 
 
+def removed_names(words: Sequence[str]) -> list[str]:
+    """Dotted names of settings that words take from a configuration: ~name."""
+    return [word[1:].partition("=")[0] for word in words if word.startswith("~")]
+
+
 def quote_texts(words: Sequence[str]) -> list[str]:
     """The words with the values of texts, such as a prompt's, quoted where Hydra would read something else in them.
 
@@ -220,7 +225,9 @@ def check_overrides(config_name: str, words: Sequence[str]) -> None:
             continue  # the settings themselves, or perhaps a file of another folder
         files = {path.relative_to(folder).as_posix()[:-5] for path in folder.rglob("[!_]*.yaml")}
         for choice in value.split(",") if {"-m", "--multirun"} & set(words) else [value]:
-            if choice not in files and choice != "null":
+            if choice == "null":
+                raise ValueError(f"{word}: expected one of {', '.join(sorted(files))}; ~{group} leaves it out")
+            if choice not in files:
                 raise ValueError(f"{group}={choice}: no such {group}; {near(choice, sorted(files))}")
             if group in ("experiment", "sweep"):
                 _check_fits(name, word, CONF / group / f"{choice}.yaml")

@@ -6,6 +6,7 @@ commands' own settings. One name means one thing, wherever it stands.
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -30,6 +31,9 @@ Counts = Annotated[list[Count], Field(min_length=1)]
 Words = Annotated[list[Word], Field(min_length=1)]
 Row = Annotated[list[Number], Field(min_length=4, max_length=4)]
 
+# What stands beside a `_target_`'s arguments: which trained head an experiment steers with.
+BESIDE = ("head.path",)
+
 # By the end of a setting's dotted name, of which the longest counts; a name with a dot in front has nothing above it.
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("seed", "pose", "warmup_steps", "warm_up", "unseen", "changed", "whole.keypoints"), Index),
@@ -52,7 +56,9 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(
         ("size", "val_size", "val_batch_size", "available", "n", "height", "width", "threads"), Count | None
     ),
-    **dict.fromkeys(("check_val_every_n_epoch", "log_every_n_steps", "every_n_train_steps"), Count | None),
+    **dict.fromkeys(
+        ("denoiser.steps", "check_val_every_n_epoch", "log_every_n_steps", "every_n_train_steps"), Count | None
+    ),
     **dict.fromkeys(("layers_per_block", "attention_head_dim", "norm_num_groups", "hidden_size"), Count),
     **dict.fromkeys(("intermediate_size", "num_hidden_layers", "num_attention_heads", "levels", "window"), Count),
     **dict.fromkeys(("widths", "finder_widths", "block_out_channels", "val_timesteps"), Counts),
@@ -97,22 +103,25 @@ TEXTS = (Word, Word | None, str | None, TYPES["negative_prompt"])
 
 @dataclass(frozen=True)
 class Signature:
-    """What a callable takes: its arguments with their annotations, and whether it takes any others."""
+    """What a callable takes: its arguments with their annotations, which of them must be given, and whether it takes
+    any others."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
+    required: frozenset[str] = frozenset()
     takes_more: bool = False
 
 
-def check(cfg: DictConfig, added: Sequence[str] = ()) -> None:
+def check(cfg: DictConfig, added: Sequence[str] = (), removed: Sequence[str] = ()) -> None:
     """Compares every setting of a composed configuration with its type.
 
     Args:
         cfg: what a command gets; `???` and what cannot be resolved yet are left to those who read them.
         added: dotted names that the command line added to it (+name=value).
+        removed: dotted names that it took away (~name).
 
     Raises:
         ValueError: the first setting of another type or range, with what was expected and found; a `_target_` that
-            cannot be imported; a name that nobody reads, with the near ones.
+            cannot be imported; a name that nobody reads, with the near ones; one taken away that is needed.
     """
     try:
         settings = OmegaConf.to_container(cfg, resolve=True)
@@ -127,6 +136,11 @@ def check(cfg: DictConfig, added: Sequence[str] = ()) -> None:
         if parent != "sampling" and "_target_" not in (holder or {}) and type_of(name) is None:
             others = [other for other in known if other not in added]
             raise ValueError(f"{name}: no such setting; {near(name, others)}")
+    for name in removed:
+        parent, _, key = name.rpartition(".")
+        owner = (OmegaConf.select(cfg, parent) if parent else None) or {}
+        if "_target_" in owner and key in signature_of(_target(owner["_target_"], parent)).required:
+            raise ValueError(f"~{name}: expected {name} to stay, which {owner['_target_']} needs")
 
 
 def check_arguments(function: Callable[..., Any], arguments: dict[str, Any], path: str, closed: bool = False) -> None:
@@ -165,15 +179,18 @@ def signature_of(target: Any) -> Signature:
     if inspect.isclass(owner):
         functions += [vars(base)["__init__"] for base in owner.__mro__ if "__init__" in vars(base)]
     arguments: dict[str, Any] = {}
+    required: set[str] = set()
     for function in functions:
         hints = _hints(getattr(function, "__func__", function))
         parameters = list(inspect.signature(function).parameters.values())
         for parameter in parameters:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                if parameter.name not in arguments and parameter.default is parameter.empty:
+                    required.add(parameter.name)
                 arguments.setdefault(parameter.name, hints.get(parameter.name, Any))
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return Signature(arguments)
-    return Signature(arguments, takes_more=True)
+            return Signature(arguments, frozenset(required))
+    return Signature(arguments, frozenset(required), takes_more=True)
 
 
 def _hints(function: Any) -> dict[str, Any]:
@@ -191,7 +208,8 @@ def _check_node(node: Any, path: str) -> None:
     if not isinstance(node, dict):
         return
     if "_target_" in node:
-        given = {key: value for key, value in node.items() if not (key.startswith("_") and key.endswith("_"))}
+        beside = {name.rpartition(".")[2] for name in BESIDE if name.rpartition(".")[0] == path}
+        given = {key: value for key, value in node.items() if not re.fullmatch("_.*_", key) and key not in beside}
         check_arguments(_target(node["_target_"], path), given, path)
     for key, value in node.items():
         name = f"{path}.{key}".lstrip(".")

@@ -1,6 +1,5 @@
 """What the training took and found, stage by stage: record.json in the work folder, which the model card reads."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +7,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from rg.io.files import atomic, write_json, write_text
+from rg.io.files import atomic, read_json, write_json, write_text
+from rg.io.records import Record, validate
 
 # Stages that are trained, and the file in a stage's folder that says under which settings it was finished.
 NOTES = {"autoencoder": "quality.json", "unet": "done.json", "detector": "done.json", "classifier": "done.json"}
@@ -50,8 +50,8 @@ def stage_record(folder: Path, note: str) -> dict[str, Any]:
     found: dict[str, Any] = {"seconds": seconds} if seconds else {}
     found |= {"steps": len(losses), "loss": float(losses[-LAST:].mean())}
     if (folder / note).is_file():
-        quality = json.loads((folder / note).read_text(encoding="utf-8"))
-        settings = quality.pop("settings")
+        settings = read_settings(folder / note)
+        quality = {key: value for key, value in read_json(folder / note, constants=True).items() if key != "settings"}
         found |= {"batch_size": settings["batch_size"], "settings": settings}
         found |= {"quality": quality} if quality else {}
     return found
@@ -75,6 +75,12 @@ def save(path: Path, state: Any) -> None:
         torch.save(state, temporary)
 
 
+class Note(Record):
+    """What `write_note` writes, beside what was measured."""
+
+    settings: dict[str, Any]
+
+
 def write_note(path: Path, settings: dict[str, Any], found: dict[str, float]) -> None:
     """Says in JSON that a stage is done, under which settings, and what was measured."""
     write_json(path, {"settings": settings, **found})
@@ -82,7 +88,7 @@ def write_note(path: Path, settings: dict[str, Any], found: dict[str, float]) ->
 
 def read_settings(path: Path) -> dict[str, Any] | None:
     """The settings under which `write_note` has written path; None where it has not."""
-    return json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else None
+    return validate(Note, read_json(path, constants=True), str(path)).settings if path.is_file() else None
 
 
 def is_done(path: Path, settings: dict[str, Any]) -> bool:

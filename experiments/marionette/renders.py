@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from data_prep.marionette.render import Stills, render
 from experiments.marionette.record import Stopwatch
-from rg.io.files import atomic, write_text
+from rg.io.files import atomic, read_json, write_text
+from rg.io.records import validate
 
 SPLITS = {"train": 0, "held_out": 1}
 FILE_RENDERS = 1000  # images in a file, the piece of work that an interruption can cost
@@ -104,5 +105,6 @@ def load_renders(
                 watch.note()
                 progress.update(stop - start)
     images = np.concatenate([np.load(file) for file in files])
-    prompts = [prompt for file in files for prompt in json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))]
+    texts = [file.with_suffix(".json") for file in files]
+    prompts = [prompt for text in texts for prompt in validate(list[str], read_json(text), str(text))]
     return Renders(torch.from_numpy(images), prompts, f"{name}-{count}")

@@ -1,5 +1,6 @@
 """Correspondence: the same point of a thing has the same vector in every image of it (Luo et al., 2024, 3.2)."""
 
+from math import nan
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rg.heads.relative import RelativeHead, flat_index, pick
-from rg.metrics.keypoints import box_side, pck
+from rg.metrics.keypoints import box_side, measurable, pck
 from rg.points import Size, cells, rescale
 
 ALPHAS = (0.05, 0.1)
@@ -65,8 +66,9 @@ class CorrespondenceHead(RelativeHead):
     def metrics(self, readout: Tensor, batch: dict[str, Any], timestep: int) -> None:
         """Logs PCK of the nearest neighbours of the first image's points, by the box of those seen in the second."""
         for alpha, values in zip(ALPHAS, pair_pck(*_pair(readout), batch), strict=True):
-            name = f"val/pck@{alpha}_t{timestep}"
-            self.log(name, values.mean(), batch_size=len(values), sync_dist=True)
+            counted = values[~values.isnan()]
+            mean = counted.sum() / max(len(counted), 1)  # every rank logs, also one whose pairs do not count
+            self.log(f"val/pck@{alpha}_t{timestep}", mean, batch_size=len(counted), sync_dist=True)
 
     def energy(self, readout: Tensor, target: Tensor, *, source: Tensor, destination: Tensor) -> Tensor:
         """(repulsion - 1) * mean S(source, destination) + repulsion * mean S(source, source), per sample: (B,).
@@ -127,7 +129,7 @@ def nearest(first: Tensor, second: Tensor, points: Tensor, image_size: Size) -> 
 
 
 def pair_pck(first: Tensor, second: Tensor, batch: dict[str, Any]) -> list[Tensor]:
-    """For each of ALPHAS, PCK of the nearest neighbours in each pair: (B,).
+    """For each of ALPHAS, PCK of the nearest neighbours in each pair: (B,), nan without a size to measure by.
 
     Args:
         first, second: (B, C, H, W), maps of the images of each pair.
@@ -136,8 +138,11 @@ def pair_pck(first: Tensor, second: Tensor, batch: dict[str, Any]) -> list[Tenso
     source, target = batch["points"].unbind(2)
     seen = (batch["points"][..., 2] > 0).all(-1)
     found = nearest(first, second, source[..., :2], tuple(batch["image"].shape[-2:]))
-    side = box_side(target[..., :2], seen)
-    return list(pck(found, target[..., :2], seen, side, ALPHAS).T.contiguous())
+    counted = measurable(target[..., :2], seen)
+    shares = found.new_full((len(found), len(ALPHAS)), nan)
+    found, points, seen = found[counted], target[counted, :, :2], seen[counted]
+    shares[counted] = pck(found, points, seen, box_side(points, seen), ALPHAS).to(shares)
+    return list(shares.T.contiguous())
 
 
 def _similarity(readout: Tensor, vectors: Tensor, points: Tensor, counted: Tensor) -> Tensor:

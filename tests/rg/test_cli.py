@@ -194,6 +194,7 @@ def test_our_own_mistakes_keep_their_stack():
         ("edit", "heads=[appearance]", ["terms=[appearance]"]),
         ("prepare", "root=my/data", ["data.builder.root"]),
         ("experiments/benchmark", "sizes=tpu", ["sizes=tpu", "cpu", "gpu"]),
+        ("train", "pictures=null", ["pictures=null", "folder", "rendered"]),
     ],
 )
 def test_a_word_that_cannot_be_is_answered_with_what_can(config, word, parts):
@@ -203,7 +204,7 @@ def test_a_word_that_cannot_be_is_answered_with_what_can(config, word, parts):
 
 
 def test_words_that_can_be_are_left_to_hydra():
-    check_overrides("train", ["world=sdxl", "+experiment=pose_100", "data.size=3", "pictures=folder", "logger=null"])
+    check_overrides("train", ["world=sdxl", "+experiment=pose_100", "data.size=3", "pictures=folder"])
     check_overrides("train", ["-m", "+experiment=pose_100,pose_1k"])
     check_overrides("evaluate", ["+experiment=pose_control"])
     check_overrides("cost", ["+experiment=pose_control", "world=sdxl"])

@@ -12,7 +12,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from rg.cli import CONF, added_names, compose_config
+from rg.cli import CONF, added_names, compose_config, removed_names
 from rg.settings import check, check_arguments, signature_of, type_of
 
 COMMANDS = sorted(
@@ -107,10 +107,19 @@ def test_a_wrong_setting_is_named_with_what_was_expected_and_found(config, word,
         ("train", ["~logger.wandb", "+head.taps=[0,1]", "+trainer.enable_progress_bar=false", "pictures=folder"]),
         ("edit", ["drag=[[1,2,3.5,4]]", "guidance.normalize=null", "terms=[appearance]"]),
         ("evaluate", ["resume=true", "verbose=true"]),
+        ("experiments/marionette_train", ["preset=day"]),
+        ("experiments/marionette_train", ["preset=gpu"]),
+        ("cost", ["job=sample", "+experiment=pose_control", "world=sd15"]),
     ],
 )
 def test_what_can_be_passes(config, words):
-    check(compose_config(config, words), added_names(words))
+    check(compose_config(config, words), added_names(words), removed_names(words))
+
+
+def test_what_a_call_needs_is_not_taken_away():
+    words = ["~data.builder.encode_batch", "~data.builder.source"]
+    with pytest.raises(ValueError, match=r"^~data\.builder\.source: .*data_prep\.prepare\.build"):
+        check(compose_config("train", ["pictures=folder", *words]), (), removed_names(words))
 
 
 def test_arguments_that_are_passed_on_belong_to_who_takes_them():

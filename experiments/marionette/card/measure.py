@@ -29,7 +29,7 @@ from rg.cli import command
 from rg.detectors.attributes import AttributeClassifier
 from rg.detectors.keypoints import Detection, KeypointDetector
 from rg.generation import generate, image_seeds
-from rg.io.files import atomic, write_json, write_text
+from rg.io.files import atomic, read_json, write_json, write_text
 from rg.io.images import from_bytes, to_bytes
 from rg.models import locate
 
@@ -137,11 +137,6 @@ class Card:
         return sample(self.backbone, prompts, seeds, Path(self.settings["folder"]) / "samples", name=name, **arguments)
 
 
-def read_json(path: str | None) -> dict[str, Any] | None:
-    """A JSON file; None where there is none."""
-    return json.loads(Path(path).read_text()) if path and Path(path).is_file() else None
-
-
 def run(settings: Mapping[str, Any], command: str) -> str:
     """Measures the model, writes results, contact sheet and card, and returns the card.
 
@@ -152,7 +147,8 @@ def run(settings: Mapping[str, Any], command: str) -> str:
     results, sheet = Card(settings).results()
     size = sum(path.stat().st_size for path in locate(settings["model"]).rglob("*.safetensors")) / 1e6
     results = {"command": command, "megabytes": size, **results, "settings": dict(settings)}
-    results["training"] = read_json(settings["record"])
+    record = settings["record"]
+    results["training"] = read_json(Path(record), constants=True) if record and Path(record).is_file() else None
     write_json(Path(settings["results"]), results)
     contact_sheet(sheet, Path(settings["sheet"]))
     text = card_text(results)

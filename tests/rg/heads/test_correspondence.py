@@ -71,6 +71,14 @@ def test_pck_counts_what_both_images_show():
     assert half.tolist() == pytest.approx([1 / 3]) and whole.tolist() == pytest.approx([2 / 3])
 
 
+def test_a_pair_of_one_shared_point_has_no_size_and_no_score():
+    one = [[[1.5, 1.5, 1], [5.5, 1.5, 1]], [[5.5, 1.5, 1], [9.5, 2.2, 0]]]
+    two = [[[1.5, 1.5, 1], [5.5, 1.5, 1]], [[5.5, 1.5, 1], [9.5, 1.5, 1]]]
+    first = torch.eye(8).view(1, 8, 2, 4).repeat(2, 1, 1, 1)
+    half, whole = pair_pck(first, first.roll(1, -1), make_batch([[*one], [*two]]))
+    assert half.isnan().tolist() == whole.isnan().tolist() == [True, False] and whole[1] == 1
+
+
 def test_other_groups_than_pairs_are_refused():
     for readout in (torch.rand(2, 16, 4, 8), torch.rand(2, 3, 16, 4, 8)):
         with pytest.raises(ValueError, match=r"\(B,2,C,H,W\).*pairs.*\(2, .*data=correspondence"):
