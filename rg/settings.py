@@ -34,6 +34,9 @@ Row = Annotated[list[Number], Field(min_length=4, max_length=4)]
 # What stands beside a `_target_`'s arguments: which trained head an experiment steers with.
 BESIDE = ("head.path",)
 
+# Below these any name may be added: a pipeline is loaded before it can say what it takes, methods are named by users.
+FREE = ("sampling", "methods")
+
 # By the end of a setting's dotted name, of which the longest counts; a name with a dot in front has nothing above it.
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("seed", "pose", "warmup_steps", "warm_up", "unseen", "changed", "whole.keypoints"), Index),
@@ -132,8 +135,7 @@ def check(cfg: DictConfig, added: Sequence[str] = (), removed: Sequence[str] = (
     for name in added:
         parent, _, key = name.rpartition(".")
         holder = OmegaConf.select(cfg, parent) if parent else cfg
-        # A pipeline is loaded before it can say what it takes.
-        if parent != "sampling" and "_target_" not in (holder or {}) and type_of(name) is None:
+        if parent not in FREE and "_target_" not in (holder or {}) and type_of(name) is None:
             others = [other for other in known if other not in added]
             raise ValueError(f"{name}: no such setting; {near(name, others)}")
     for name in removed:
