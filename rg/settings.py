@@ -55,7 +55,9 @@ TYPES: dict[str, Any] = {
         ),
         Count,
     ),
-    **dict.fromkeys(("together", "parts", "sheet_images", "held_out", "pictures.train", "workers", "tokens"), Count),
+    **dict.fromkeys(
+        ("together", "rounds", "parts", "sheet_images", "held_out", "pictures.train", "workers", "tokens"), Count
+    ),
     **dict.fromkeys(
         ("size", "val_size", "val_batch_size", "available", "n", "height", "width", "threads"), Count | None
     ),
@@ -65,7 +67,9 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("layers_per_block", "attention_head_dim", "norm_num_groups", "hidden_size"), Count),
     **dict.fromkeys(("intermediate_size", "num_hidden_layers", "num_attention_heads", "levels", "window"), Count),
     **dict.fromkeys(("widths", "finder_widths", "block_out_channels", "val_timesteps"), Counts),
-    **dict.fromkeys(("learning_rate", "appearance_learning_rate", "preview_minutes", "temperature"), Positive),
+    **dict.fromkeys(
+        ("learning_rate", "appearance_learning_rate", "preview_minutes", "temperature", "length"), Positive
+    ),
     **dict.fromkeys(("line_width", "hardware.gflops", "hardware.memory_gb"), Positive | None),
     **dict.fromkeys(("weight_decay", "contrast", "pose_contrast", "kl_weight", "margin", "repulsion"), Amount),
     **dict.fromkeys(("readout_scale", "guidance_scale", "scale"), Number),
@@ -99,6 +103,7 @@ TYPES: dict[str, Any] = {
     "terms": Annotated[list[Any], Field(min_length=1)],
     ".models": Words | Word | None,
     ".heads": list[Word] | dict[str, Word],
+    "heads": dict[str, Number],
     ".world": Word,
 }
 TEXTS = (Word, Word | None, str | None, TYPES["negative_prompt"])
