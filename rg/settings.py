@@ -36,7 +36,7 @@ BESIDE = ("head.path",)
 
 # By the end of a setting's dotted name, of which the longest counts; a name with a dot in front has nothing above it.
 TYPES: dict[str, Any] = {
-    **dict.fromkeys(("seed", "pose", "warmup_steps", "warm_up", "unseen", "changed", "whole.keypoints"), Index),
+    **dict.fromkeys(("seed", ".pose", "warmup_steps", "warm_up", "unseen", "changed", "whole.keypoints"), Index),
     **dict.fromkeys(("images", "batch_size", "epoch_batches", "shard_size", "max_steps", "num_inference_steps"), Count),
     **dict.fromkeys(("resolution", "projection_dim", "norm_groups", "output_scale", "hidden_channels"), Count),
     **dict.fromkeys(
@@ -139,7 +139,8 @@ def check(cfg: DictConfig, added: Sequence[str] = (), removed: Sequence[str] = (
     for name in removed:
         parent, _, key = name.rpartition(".")
         owner = (OmegaConf.select(cfg, parent) if parent else None) or {}
-        if "_target_" in owner and key in signature_of(_target(owner["_target_"], parent)).required:
+        words = re.fullmatch("_.*_", key)  # without them Hydra makes something else of the others
+        if "_target_" in owner and (words or key in signature_of(_target(owner["_target_"], parent)).required):
             raise ValueError(f"~{name}: expected {name} to stay, which {owner['_target_']} needs")
 
 
@@ -213,9 +214,12 @@ def _check_node(node: Any, path: str) -> None:
         check_arguments(_target(node["_target_"], path), given, path)
     for key, value in node.items():
         name = f"{path}.{key}".lstrip(".")
-        if _has_calls(value) or (isinstance(value, dict) and type_of(name) in (None, Word)):
+        kind = type_of(name)
+        if isinstance(value, dict) and "_target_" in value and kind not in (None, Word):
+            raise ValueError(f"{name}: expected a plain value, found a call of {value['_target_']}")
+        if _has_calls(value) or (isinstance(value, dict) and kind in (None, Word)):
             _check_node(value, name)
-        elif (kind := type_of(name)) is not None:
+        elif kind is not None:
             _check_value(name, value, kind)
 
 

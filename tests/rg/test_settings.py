@@ -86,6 +86,7 @@ def test_experiments_fit(experiment):
         ("experiments/benchmark", "repeats=none", ["repeats", "integer", '"none"']),
         ("cost", "hardware.gflops=-1", ["hardware.gflops", "0", "-1"]),
         ("train", "verbose=1", ["verbose", "boolean", "1"]),
+        ("train", "world.projection_dim={_target_: os.getcwd}", ["world.projection_dim", "plain", "os.getcwd"]),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_was_expected_and_found(config, word, named):
@@ -118,6 +119,8 @@ def test_what_can_be_passes(config, words):
 
 def test_what_a_call_needs_is_not_taken_away():
     words = ["~data.builder.encode_batch", "~data.builder.source"]
+    with pytest.raises(ValueError, match=r"^~data\.builder\._recursive_: expected"):
+        check(compose_config("train", ["~data.builder._recursive_"]), (), ["data.builder._recursive_"])
     with pytest.raises(ValueError, match=r"^~data\.builder\.source: .*data_prep\.prepare\.build"):
         check(compose_config("train", ["pictures=folder", *words]), (), removed_names(words))
 
