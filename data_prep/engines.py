@@ -29,6 +29,7 @@ from rg.data.samples import DataError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+PRELOADED = ["data_prep.writer"]  # what takes a new process longest
 Work = Callable[[str, T], Any]
 # Runs one task somewhere and gives what `Worker` answers; raises WorkerDied.
 Run = Callable[[str, T], str]
@@ -197,8 +198,10 @@ class _Process:
             if self.stopped:
                 raise CancelledError
             if self.executor is None:
-                # Not forked: neither CUDA nor the threads of torch outlive that.
-                self.executor = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+                # Forked from a process that has only imported: CUDA and torch's threads would not outlive a fork.
+                context = get_context("forkserver")
+                context.set_forkserver_preload(PRELOADED)
+                self.executor = ProcessPoolExecutor(1, mp_context=context)
         try:
             if not self.pid:
                 self.pid = self.executor.submit(_begin, *self.worker).result()

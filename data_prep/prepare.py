@@ -71,22 +71,23 @@ def build(
     _check(split, encode_batch)
     if labels is not None and labels["path"] is not None:
         annotator = labels
-    runner = Serial() if engine is None else instantiate(engine, _convert_="all")
-    folder = Path(root) / split
+    runner: Engine = Serial() if engine is None else instantiate(engine, _convert_="all")
     given = {"source": source, "annotator": annotator, "backbone": backbone}
     calls = {name: partial(instantiate, call, _convert_="all") for name, call in given.items()}
-    maker = ShardMaker(folder=folder, split=split, encode_batch=encode_batch, **calls)
-    pictures, encoder = maker.source, maker.backbone
-    stop = _stop(pictures, split, n)
-    if encoder.resolution != (pictures.resolution, pictures.resolution):
-        raise DataError(f"source.resolution: expected the backbone's {encoder.resolution}, got {pictures.resolution}")
+    maker = ShardMaker(folder=Path(root) / split, split=split, encode_batch=encode_batch, **calls)
+    stop = _stop(maker.source, split, n)
     settings = {"source": dict(source), "annotator": dict(annotator), "shard_size": shard_size}
-    settings |= {
-        "encode_batch": encode_batch,
-        "pictures": {"resolution": pictures.resolution, **pictures.describe(split)},
-    }
-    wanted = Manifest(split, settings, encoder.autoencoder_id, _versions())
-    return _bring(wanted, maker, runner, stop, pictures.count(split) if fill else stop)
+    wanted = _wanted(maker, settings | {"encode_batch": encode_batch})
+    return _bring(wanted, maker, runner, stop, maker.source.count(split) if fill else stop)
+
+
+def _wanted(maker: ShardMaker, settings: dict[str, Any]) -> Manifest:
+    """The manifest of a folder in which nothing is made yet."""
+    encoder, side = maker.backbone, maker.source.resolution
+    if encoder.resolution != (side, side):
+        raise DataError(f"source.resolution: expected the backbone's {encoder.resolution}, got {side}")
+    settings["pictures"] = {"resolution": side, **maker.source.describe(maker.split)}
+    return Manifest(maker.split, settings, encoder.autoencoder_id, _versions())
 
 
 def _bring(wanted: Manifest, maker: ShardMaker, engine: Engine, stop: int, last: int | None) -> Manifest:
@@ -95,9 +96,7 @@ def _bring(wanted: Manifest, maker: ShardMaker, engine: Engine, stop: int, last:
     if not (folder / "manifest.json").is_file() or not _is_whole(_open(folder, wanted), stop, last):
         missing = maker.annotator is not None  # what is bad in its settings is said before there is a folder
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        for unfinished in folder.glob("*.part"):  # what a killed process was writing
-            unfinished.unlink()
+    with _alone(folder), _swept(folder):
         manifest, size = _open(folder, wanted), wanted.settings["shard_size"]
         if missing:
             writer = ShardWriter(folder, manifest, maker, engine)
@@ -120,6 +119,21 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def _swept(folder: Path) -> Iterator[None]:
+    """Removes what killed processes were writing, of former runs and of this one."""
+
+    def sweep() -> None:
+        for unfinished in folder.glob("*.part"):
+            unfinished.unlink(missing_ok=True)
+
+    sweep()
+    try:
+        yield
+    finally:
+        sweep()
 
 
 def _is_whole(manifest: Manifest, count: int, last: int | None) -> bool:

@@ -34,20 +34,28 @@ ENGINES = [
 
 
 class Deadly(MarionetteSource):
-    """Renders, but kills its process, or fails, at one index: as long as `folder` has no file for each of `times`."""
+    """Renders, but kills its process, or fails, at index 9 as long as the folder holds files named deadly-*."""
 
-    def __init__(self, *, folder, index=9, times=1, error=None, **settings):
+    def __init__(self, *, error=None, **settings):
         super().__init__(**settings)
-        self.folder, self.index, self.times, self.error = Path(folder), index, times, error
+        self.error = error
 
     def read(self, split, indices):
-        begun = self.folder / f"times-{os.getpid()}-{time.monotonic_ns()}"
-        if self.index in indices and len(list(self.folder.glob("times-*"))) < self.times:
-            begun.touch()
+        lives = sorted(Path.cwd().glob("deadly-*"))
+        if 9 in indices and lives:
+            lives[0].unlink()
             if self.error == "disk":
-                raise OSError(28, "No space left on device", str(self.folder / "full"))
+                raise OSError(28, "No space left on device", "out/train/shard-000002.tar")
             os.kill(os.getpid(), signal.SIGKILL)
         return super().read(split, indices)
+
+
+def die(name, task):
+    """Work that leaves a file and its size, and kills its process at one task."""
+    if task is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    Path(name).write_text(task)
+    return {"size": len(task)}
 
 
 @pytest.fixture
@@ -56,7 +64,7 @@ def recipe(tmp_path, tiny_pipeline, monkeypatch):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     return {
-        "source": {"_target_": "data_prep.sources.marionette.MarionetteSource", "resolution": 32},
+        "source": {"_target_": f"{__name__}.Deadly", "resolution": 32},
         "annotator": {"_target_": "data_prep.annotators.rendered.ExactPose", "line_width": 1.0},
         "backbone": {"_target_": "rg.backbone.diffusion.DiffusionBackbone.from_pretrained", "path": "model"},
         "shard_size": 4,
@@ -67,54 +75,36 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def deadly(recipe, **changes):
-    source = {"_target_": f"{__name__}.Deadly", "resolution": 32, "folder": ".", **changes}
-    return {**recipe, "source": source}
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_makes_the_same_bytes_and_a_killed_workers_shard_again(recipe, engine, caplog):
-    build(root="serial", n=14, **deadly(recipe, times=0))
-    build(root="other", n=14, engine=engine, **deadly(recipe, times=0))
+    build(root="serial", n=14, **recipe)
+    Path("deadly-0").touch()
+    build(root="other", n=14, engine=engine, **recipe)
+    assert not Path("deadly-0").exists() and any("shard-000002.tar: " in text for text in caplog.messages)
     assert contents("other/train") == contents("serial/train") and len(contents("serial/train")) == 6
-    # The manifest holds the settings; they are those of the killed ones in what it is compared with, too.
-    recipe = deadly(recipe)
-    build(root="killed", n=10, engine=engine, **recipe)
-    assert len(list(Path.cwd().glob("times-*"))) == 1
-    build(root="killed", n=14, engine=engine, **recipe)
-    build(root="whole", n=14, **recipe)
-    assert {"shard-000002.tar"} <= {word.rstrip(":") for text in caplog.messages for word in text.split()}
-    for name in ("shard-000000.tar", "shard-000002.tar", "shard-000003.tar"):
-        assert contents("killed/train")[name] == contents("serial/train")[name]
-    assert contents("killed/train") == contents("whole/train")
-    assert read_shards("killed/train").index.tolist() == list(range(14))
+    assert read_shards("other/train").index.tolist() == list(range(14))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_what_dies_every_time_is_given_up_by_name_and_the_others_are_kept(recipe, engine):
-    recipe = deadly(recipe, times=9)
-    with pytest.raises(DataError, match=r"^shard-000002\.tar: .*died in each of 2 tries"):
-        build(root="out", n=16, engine={**engine, "tries": 2}, **recipe)
-    assert len(list(Path.cwd().glob("times-*"))) == 2
-    assert Manifest.read(Path("out/train")).indices() == [*range(8), *range(12, 16)]
-    assert not list(Path("out/train").glob("*.part")) or engine is not SERIAL
-    (Path.cwd() / "times-2").touch()
-    recipe["source"]["times"] = 9  # as before: the manifest knows it
-    for number in range(9):
-        (Path.cwd() / f"times-{number}").touch()
-    build(root="out", n=16, engine=engine, **recipe)
-    assert read_shards("out/train").index.tolist() == list(range(16))
+def test_what_dies_every_time_is_given_up_by_name_and_the_others_are_done(engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tasks, found = {"a": "one", "b": None, "c": "three"}, {}
+    with pytest.raises(DataError, match=r"^b: .*died in each of 2 tries"):
+        for name, made in instantiate(engine, tries=2).map(die, tasks):
+            found[name] = made["size"]
+    assert found == {"a": 3, "c": 5} and (tmp_path / "c").read_text() == "three"
 
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_pool_with_what_is_finished_kept(recipe):
-    recipe = deadly(recipe, error="disk")
-    with pytest.raises(DataError, match=r"No space left on device.*full"):
+    recipe["source"]["error"] = "disk"
+    Path("deadly-0").touch()
+    with pytest.raises(DataError, match=r"No space left on device.*shard-000002\.tar"):
         build(root="out", n=16, engine=POOL, **recipe)
     found = Manifest.read(Path("out/train")).indices()
     assert found and not set(found) & set(range(8, 12)) and read_shards("out/train").index.tolist() == found
     assert not list(Path("out/train").glob("*.part"))
-    build(root="out", n=16, engine=POOL, **recipe)
+    build(root="out", n=16, **recipe)
     assert read_shards("out/train").index.tolist() == list(range(16))
 
 
