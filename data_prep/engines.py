@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -339,6 +340,7 @@ class Ray:
     def _cluster(self) -> Iterator[None]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
         os.environ.setdefault("RAY_worker_niceness", "0")  # 15, its own, lets anything else go first
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of what Ray Data does with actors
         import ray
 
         own = not ray.is_initialized()
@@ -360,6 +362,7 @@ class Ray:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context.max_errored_blocks = -1  # a dead actor's task has no answer, and is in the next round
         size = min(self.workers, len(tasks))
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.|data_prep\.engines")
         answers = ray.data.from_items([{"name": name} for name in tasks], override_num_blocks=len(tasks)).map_batches(
             _Actor,
             fn_constructor_args=(work, str(Path.cwd()), self.threads, tasks),

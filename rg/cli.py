@@ -419,7 +419,13 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
     for kind in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
         warnings.filterwarnings("ignore", category=kind)
-    for words in ("deprecated", "does not have many workers", "exists and is not empty", "than the logging interval"):
+    for words in (
+        "deprecated",
+        "does not have many workers",
+        "exists and is not empty",
+        "than the logging interval",
+        "sync_dist",
+    ):
         warnings.filterwarnings("ignore", message=f".*{words}")
     os.environ.setdefault("WANDB_QUIET", "true")
     for library in (diffusers_logging, transformers_logging):

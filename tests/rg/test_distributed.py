@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -129,3 +131,16 @@ def test_resumed_ranks_equal_uninterrupted_ones(place):
         assert rest["indices"] == {step: whole["indices"][step] for step in (4, 5, 6)}
     whole, parts = (load_head(place / name / "head").state_dict() for name in ("ranks", "parts"))
     assert all(torch.equal(parts[name], expected) for name, expected in whole.items())
+
+
+def test_the_command_starts_its_ranks(place):
+    words = ["+experiment=pose_100", "~logger.wandb", "data.size=8", "data.val_size=2", "data.batch_size=2"]
+    words += ["data.epoch_batches=2", "data.builder.shard_size=4", "trainer.max_steps=2", "trainer.accelerator=cpu"]
+    words += ["trainer.devices=2", "+trainer.strategy=ddp", "trainer.check_val_every_n_epoch=1", "engine.workers=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", "rg.train", *words]
+    done = subprocess.run(line, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    latest = place / "outputs/pose_100/latest"
+    assert torch.load(latest / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    assert (latest / "head/head.json").is_file() and (latest / "train_ddp_process_1.log").is_file()
