@@ -162,6 +162,7 @@ class Pool(_Minded):
     """
 
     def __init__(self, *, workers: int = 2, tries: int = 3, threads: int = 1) -> None:
+        _check(workers=workers, tries=tries, threads=threads)
         self.workers, self.tries, self.threads = workers, tries, threads
 
     @contextmanager
@@ -268,6 +269,7 @@ class Slurm(_Minded):
         parameters: Mapping[str, Any] | None = None,
     ) -> None:
         _require("submitit", "slurm")
+        _check(workers=workers, tries=tries, threads=threads)
         self.workers, self.tries, self.threads = workers, tries, threads
         self.folder, self.cluster, self.parameters = folder, cluster, dict(parameters or {})
 
@@ -320,6 +322,7 @@ class Ray:
         self, *, workers: int = 2, tries: int = 3, threads: int = 1, gpus: float = 0.0, address: str | None = None
     ) -> None:
         _require("ray", "ray")
+        _check(workers=workers, tries=tries, threads=threads)
         self.workers, self.tries, self.threads, self.gpus, self.address = workers, tries, threads, gpus, address
 
     def map(self, work: Work[T], tasks: Mapping[str, T]) -> Iterator[tuple[str, Any]]:
@@ -394,6 +397,12 @@ def _require(package: str, extra: str) -> None:
         )
 
 
+def _check(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise DataError(f"engine.{name}: expected at least 1, got {count}")
+
+
 def local(*, workers: int = 1, tries: int = 3, threads: int = 1) -> Serial | Pool:
-    """This process where one worker is asked for, else a pool of them."""
+    """This process where one worker is asked for, else a pool of them; raises DataError for fewer than one."""
     return Serial() if workers == 1 else Pool(workers=workers, tries=tries, threads=threads)

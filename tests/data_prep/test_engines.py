@@ -168,6 +168,9 @@ def test_one_worker_is_this_process_and_several_are_a_pool():
     assert isinstance(local(), Serial)
     pool = local(workers=3, tries=2)
     assert isinstance(pool, Pool) and (pool.workers, pool.tries, pool.threads) == (3, 2, 1)
+    for bad in ({"workers": 0}, {"workers": 2, "tries": 0}):
+        with pytest.raises(DataError, match=r"engine\.(workers|tries): .*1.* 0"):
+            local(**bad)
 
 
 @pytest.mark.parametrize(("engine", "package"), [(partial(Ray), "ray"), (partial(Slurm), "submitit")])
