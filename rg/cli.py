@@ -45,7 +45,7 @@ RENAMED = (
     ("edit", "classes=", "'terms=[{head: my/head, class: module.Class}]'"),
 )
 # Settings that do not make another run: resume=true finds it whatever they are.
-SAME_RUN = r"verbose|batch_size|trainer\.(max_steps|max_time|check_val_every_n_epoch|log_every_n_steps)"
+SAME_RUN = r"verbose|batch_size|engine(\.\w+)*|trainer\.(max_steps|max_time|check_val_every_n_epoch|log_every_n_steps)"
 # A run's name is a folder's and, with W&B, an id's.
 NAME = r"""(?!.*(^|/)\.{0,2}(/|$))[^:;,#?'"\\\s]+"""
 _chosen: dict[tuple[str, str], str] = {}
@@ -419,7 +419,13 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
     for kind in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
         warnings.filterwarnings("ignore", category=kind)
-    for words in ("deprecated", "does not have many workers", "exists and is not empty", "than the logging interval"):
+    for words in (
+        "deprecated",
+        "does not have many workers",
+        "exists and is not empty",
+        "than the logging interval",
+        "sync_dist",
+    ):
         warnings.filterwarnings("ignore", message=f".*{words}")
     os.environ.setdefault("WANDB_QUIET", "true")
     for library in (diffusers_logging, transformers_logging):

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -89,8 +90,12 @@ class Evaluation:
     def _claim_folder(self) -> None:
         weights = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in self.head.state_dict().values()))
         settings = OmegaConf.to_container(self.cfg, resolve=True)
-        settings = {key: settings[key] for key in settings if key not in ("resume", "run_dir", "batch_size", "verbose")}
-        del settings["world"]["batch_size"]  # no image depends on it
+        settings = {
+            key: settings[key]
+            for key in settings
+            if key not in ("resume", "run_dir", "batch_size", "verbose", "engine")
+        }
+        del settings["world"]["batch_size"], settings["data"]["builder"]["engine"]  # no image depends on them
         text = json.dumps({"settings": settings, "head": weights.hexdigest()}, indent=1, sort_keys=True) + "\n"
         path = self.run_dir / "settings.json"
         if path.is_file() and path.read_bytes() != text.encode() and (self.run_dir / "samples").is_dir():
@@ -112,9 +117,11 @@ class Evaluation:
         todo, size = set(self.unfinished()), self.cfg.batch_size
         batches = [range(len(self.samples))[start : start + size] for start in range(0, len(self.samples), size)]
         batches = [batch for batch in batches if not todo.isdisjoint(batch)]
-        for batch in track(batches, description="sampling", disable=not batches):
-            # All of a batch, as without a break: the last bits of an image depend on how many are made at once.
-            self.sample(batch, todo)
+        # All of a batch, as without a break: the last bits of an image depend on how many are made at once.
+        tasks = {f"positions {b[0]} to {b[-1]}": [list(b), sorted(todo.intersection(b))] for b in batches}
+        made = instantiate(self.cfg.engine, _convert_="all").map(self, tasks)
+        for _ in track(made, description="sampling", total=len(tasks), disable=not tasks):
+            pass
         records = [self.read(i) for i in range(len(self.samples))]
         results = summarise(records, self.cfg.alphas)
         images = {condition: self.images(condition) for condition in CONDITIONS}
@@ -127,6 +134,15 @@ class Evaluation:
         save_figure(self.grid(), self.run_dir / "grid.png")
         write_json(self.run_dir / "results.json", results)
         return results
+
+    def __call__(self, name: str, task: Sequence[Sequence[int]]) -> None:
+        """Makes one batch: its positions, and those of them that are missing."""
+        self.sample(*task)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process an evaluation is made anew of its settings, which loads the networks there."""
+        settings = OmegaConf.create(OmegaConf.to_container(self.cfg, resolve=True))
+        return resolve_name("rg.evaluate.Evaluation"), (settings, self.run_dir)
 
     def read(self, position: int) -> dict[str, Any]:
         """The record of a position whose images are all there; raises ValueError where a file of it is damaged."""

@@ -52,7 +52,8 @@ TYPES: dict[str, Any] = {
         ),
         Count,
     ),
-    **dict.fromkeys(("together", "parts", "sheet_images", "held_out", "pictures.train", "workers", "tokens"), Count),
+    **dict.fromkeys(("together", "parts", "sheet_images", "held_out", "pictures.train", "workers", "tries"), Count),
+    "tokens": Count,
     **dict.fromkeys(
         ("size", "val_size", "val_batch_size", "available", "n", "height", "width", "threads"), Count | None
     ),
@@ -61,10 +62,10 @@ TYPES: dict[str, Any] = {
     ),
     **dict.fromkeys(("layers_per_block", "attention_head_dim", "norm_num_groups", "hidden_size"), Count),
     **dict.fromkeys(("intermediate_size", "num_hidden_layers", "num_attention_heads", "levels", "window"), Count),
-    **dict.fromkeys(("widths", "finder_widths", "block_out_channels", "val_timesteps"), Counts),
+    **dict.fromkeys(("widths", "finder_widths", "block_out_channels", "val_timesteps", "counts"), Counts),
     **dict.fromkeys(("learning_rate", "appearance_learning_rate", "preview_minutes", "temperature"), Positive),
     **dict.fromkeys(("line_width", "hardware.gflops", "hardware.memory_gb"), Positive | None),
-    **dict.fromkeys(("weight_decay", "contrast", "pose_contrast", "kl_weight", "margin", "repulsion"), Amount),
+    **dict.fromkeys(("weight_decay", "contrast", "pose_contrast", "kl_weight", "margin", "repulsion", "gpus"), Amount),
     **dict.fromkeys(("readout_scale", "guidance_scale", "scale"), Number),
     **dict.fromkeys(("eta", "strength", "validation_share", "test_share", "decay", "ema", "alpha", "least"), Share),
     **dict.fromkeys(("guidance.start", "guidance.stop"), Share),
@@ -75,8 +76,10 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("control", "reference", "device", "head.class", "head.released", "pictures.masks"), Word | None),
     **dict.fromkeys(("pictures.path", "pictures.labels", "autoencoder.start"), Word | None),
     **dict.fromkeys(("prompt", "edit_prompt"), str | None),
-    **dict.fromkeys(("verbose", "check", "sided"), bool),
-    **dict.fromkeys(("precisions", "memory_modes", "checkpoints", "down_block_types", "up_block_types"), Words),
+    **dict.fromkeys(("verbose", "check", "sided", "kill"), bool),
+    **dict.fromkeys(
+        ("precisions", "memory_modes", "checkpoints", "engines", "down_block_types", "up_block_types"), Words
+    ),
     **dict.fromkeys(("commands.detector", "commands.classifier", "commands.card"), Words),
     **dict.fromkeys(("appearance_negatives", "identity_negatives", "kinds"), dict[str, Amount]),
     ".resume": bool | Literal["unfinished"],

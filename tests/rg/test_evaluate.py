@@ -1,5 +1,7 @@
 """Which held-out images are evaluated."""
 
+import json
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -91,6 +93,21 @@ def test_what_is_damaged_is_made_again_and_nothing_else(evaluation, tmp_path, ca
     before = (samples / "00000.json").stat().st_mtime_ns
     assert evaluation(*words).run()["pck"] == results["pck"] and "00001.json: position" in caplog.text
     assert before == (samples / "00000.json").stat().st_mtime_ns != times["00000.json"]
+
+
+@pytest.mark.slow
+def test_two_workers_make_the_same_files_as_one(evaluation, tmp_path):
+    results, files = [], []
+    for words in ([], ["engine.workers=2"]):
+        results.append(evaluation("images=3", "batch_size=2", *words).run())
+        samples = tmp_path / "run/samples"
+        files.append({path.name: path.read_bytes() for path in samples.glob("*.png")})
+        records = [json.loads(path.read_text()) for path in sorted(samples.glob("*.json"))]
+        files.append([{key: value for key, value in record.items() if key != "seconds"} for record in records])
+        samples.rename(tmp_path / f"samples-{len(files)}")
+    assert files[:2] == files[2:] and len(files[0]) == 3 * 4
+    assert results[0]["pck"] == results[1]["pck"]
+    assert not list((tmp_path / "run").glob("samples-*")), "an engine is no other setting"
 
 
 def test_samples_of_other_settings_are_set_aside_each_time(evaluation, tmp_path):
