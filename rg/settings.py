@@ -60,6 +60,7 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(
         ("denoiser.steps", "check_val_every_n_epoch", "log_every_n_steps", "every_n_train_steps"), Count | None
     ),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", ".people"), Count),
     **dict.fromkeys(("layers_per_block", "attention_head_dim", "norm_num_groups", "hidden_size"), Count),
     **dict.fromkeys(("intermediate_size", "num_hidden_layers", "num_attention_heads", "levels", "window"), Count),
     **dict.fromkeys(("widths", "finder_widths", "block_out_channels", "val_timesteps", "counts"), Counts),
@@ -74,13 +75,12 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("model", "backbone", "detector", "classifier", "family", "name", "pose_variant"), Word),
     **dict.fromkeys(("train.experiment", "sample.experiment"), Word),
     **dict.fromkeys(("control", "reference", "device", "head.class", "head.released", "pictures.masks"), Word | None),
-    **dict.fromkeys(("pictures.path", "pictures.labels", "autoencoder.start"), Word | None),
+    **dict.fromkeys(("pictures.path", "pictures.labels", "autoencoder.start", ".clip", ".other"), Word | None),
     **dict.fromkeys(("prompt", "edit_prompt"), str | None),
-    **dict.fromkeys(("verbose", "check", "sided", "kill"), bool),
-    **dict.fromkeys(
-        ("precisions", "memory_modes", "checkpoints", "engines", "down_block_types", "up_block_types"), Words
-    ),
-    **dict.fromkeys(("commands.detector", "commands.classifier", "commands.card"), Words),
+    **dict.fromkeys(("verbose", "check", "sided", "kill", "allow_same_judge"), bool),
+    **dict.fromkeys(("precisions", "memory_modes", "checkpoints", "engines", "judges"), Words),
+    **dict.fromkeys(("down_block_types", "up_block_types"), Words),
+    **dict.fromkeys(("commands.detector", "commands.transformer", "commands.classifier", "commands.card"), Words),
     **dict.fromkeys(("appearance_negatives", "identity_negatives", "kinds"), dict[str, Amount]),
     ".resume": bool | Literal["unfinished"],
     **dict.fromkeys(("_partial_", "_recursive_"), bool),
@@ -135,8 +135,8 @@ def check(cfg: DictConfig, added: Sequence[str] = (), removed: Sequence[str] = (
     for name in added:
         parent, _, key = name.rpartition(".")
         holder = OmegaConf.select(cfg, parent) if parent else cfg
-        # A pipeline is loaded before it can say what it takes.
-        if parent != "sampling" and "_target_" not in (holder or {}) and type_of(name) is None:
+        # A pipeline is loaded before it can say what it takes; judges of one's own have names of one's own.
+        if parent not in ("sampling", "world.detectors") and "_target_" not in (holder or {}) and type_of(name) is None:
             others = [other for other in known if other not in added]
             raise ValueError(f"{name}: no such setting; {near(name, others)}")
     for name in removed:

@@ -78,6 +78,9 @@ def test_experiments_fit(experiment):
         ("sample", "+head.pth=pose_8k5", ["head.pth", "head.path"]),
         ("evaluate", "batch_size=0", ["batch_size", "1", "0"]),
         ("evaluate", "alphas=[]", ["alphas", "1", "[]"]),
+        ("evaluate", "world.judges=[]", ["world.judges", "1", "[]"]),
+        ("evaluate", "allow_same_judge=1", ["allow_same_judge", "boolean", "1"]),
+        ("evaluate", "world.detectors.transformer.foldr=a", ["foldr", "folder"]),
         ("evaluate", "split=tset", ["split", "test", '"tset"']),
         ("edit", "drag=[[1,2,3]]", ["drag", "4", "[[1, 2, 3]]"]),
         ("edit", "noise=old", ["noise", "reference", '"old"']),
@@ -103,6 +106,13 @@ def test_a_wrong_setting_is_named_with_what_was_expected_and_found(config, word,
     ("config", "words"),
     [
         ("sample", ["guidance.readout_scale=3", "sampling.guidance_scale=2", "+sampling.negative_prompt=[a,b]"]),
+        (
+            "evaluate",
+            [
+                "+world.detectors.own={_target_:rg.detectors.PoseTransformer.from_pretrained,folder:a}",
+                "world.judges=[own]",
+            ],
+        ),
         ("sample", ["head.released=pose", "control=a.png", "+sampling.height=96", "guidance=released"]),
         ("train", ["data.size=null", "data.val_size=null", "head.control_range=[-1,1]", "+trainer.precision=bf16"]),
         ("train", ["~logger.wandb", "+head.taps=[0,1]", "+trainer.enable_progress_bar=false", "pictures=folder"]),
