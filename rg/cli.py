@@ -131,6 +131,11 @@ def one_line_errors(function: Callable[..., Any], stopped: str = "", stack: bool
         except Exception as error:
             # Hydra wraps what a constructor raises in an exception of its own.
             bad_input = next((e for e in (error, error.__cause__) if isinstance(e, BAD_INPUT)), None)
+            if not stack and bad_input is None and _is_lack_of_memory(error):
+                found = " ".join(str(error).split()) or "no more of it"
+                raise SystemExit(
+                    _line(f"memory: expected enough for the sizes and batches asked for, found {found}")
+                ) from None
             if stack or (bad_input is None and not _of_configuration(error)):
                 raise
             raise SystemExit(_line(str(bad_input or explain("", error, ())))) from None
@@ -191,6 +196,11 @@ def quote_texts(words: Sequence[str]) -> list[str]:
         return f"{key}='{escaped}'"
 
     return list(words) if {"-m", "--multirun"} & set(words) else [quoted(word) for word in words]
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    # torch has a class of its own for that of GPUs alone.
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in str(error))
 
 
 def _of_configuration(error: BaseException) -> bool:

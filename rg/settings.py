@@ -34,6 +34,9 @@ Row = Annotated[list[Number], Field(min_length=4, max_length=4)]
 # What stands beside a `_target_`'s arguments: which trained head an experiment steers with.
 BESIDE = ("head.path",)
 
+# What is always a call.
+CALLS = ("world.backbone", "data.builder")
+
 # By the end of a setting's dotted name, of which the longest counts; a name with a dot in front has nothing above it.
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("seed", ".pose", "warmup_steps", "warm_up", "unseen", "changed", "whole.keypoints"), Index),
@@ -218,6 +221,8 @@ def _check_node(node: Any, path: str) -> None:
     for key, value in node.items():
         name = f"{path}.{key}".lstrip(".")
         kind = type_of(name)
+        if name in CALLS and not (isinstance(value, dict) and "_target_" in value):
+            raise ValueError(f"{name}: expected {{_target_: module.name, ...}}, found {json.dumps(value)}")
         if isinstance(value, dict) and "_target_" in value and kind not in (None, Word):
             raise ValueError(f"{name}: expected a plain value, found a call of {value['_target_']}")
         if _has_calls(value) or (isinstance(value, dict) and kind in (None, Word)):

@@ -89,6 +89,7 @@ def test_experiments_fit(experiment):
         ("experiments/benchmark", "repeats=none", ["repeats", "integer", '"none"']),
         ("cost", "hardware.gflops=-1", ["hardware.gflops", "0", "-1"]),
         ("train", "verbose=1", ["verbose", "boolean", "1"]),
+        ("edit", "world.backbone='0'", ["world.backbone", "_target_", '"0"']),
         ("train", "world.projection_dim={_target_: os.getcwd}", ["world.projection_dim", "plain", "os.getcwd"]),
     ],
 )
