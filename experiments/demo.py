@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from rg.cli import command, compose_config
-from rg.evaluate import check_settings, evaluate
+from rg.evaluate import check_settings, evaluate, load_judges
 from rg.generation import scheduler_class
 from rg.sample import sample
 from rg.train import train
@@ -34,6 +33,13 @@ def compose_step(name: str, cfg: DictConfig, words: Sequence[str]) -> DictConfig
     return step
 
 
+def labelled_by(builder: DictConfig) -> str:
+    """The class of the annotator that will make the labels, see data_prep.prepare.build."""
+    labels = builder.get("labels")
+    maker = labels if labels is not None and labels.path is not None else builder.annotator
+    return maker["_target_"].split(".")[-1]
+
+
 def demo(cfg: DictConfig, words: Sequence[str]) -> None:
     """Samples, trains and evaluates in the folders of cfg.
 
@@ -43,7 +49,7 @@ def demo(cfg: DictConfig, words: Sequence[str]) -> None:
     sampling, training = (compose_step(name, cfg, words) for name in ("sample", "train"))
     check_settings(cfg)
     scheduler_class(cfg.scheduler)
-    instantiate(cfg.world.detector)
+    load_judges(cfg, labelled_by(training.data.builder))
     for name, function, step in (("sample", sample, sampling), ("train", train, training)):
         print(f"\n$ python -m rg.{name} +experiment={cfg[name].experiment} run_dir={step.run_dir}", flush=True)
         function(step, Path(step.run_dir))

@@ -137,6 +137,9 @@ class Progress(ProgressBar):
         self.refresh_rate = refresh_rate
         self.bar = tqdm(disable=True)
 
+    def disable(self) -> None:
+        """What Lightning asks of every rank but the first, which `on_train_start` sees to."""
+
     def on_train_start(self, trainer: Trainer, head: ReadoutHead) -> None:
         total = trainer.max_steps if trainer.max_steps > 0 else None
         self.bar = tqdm(

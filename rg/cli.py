@@ -45,7 +45,7 @@ RENAMED = (
     ("edit", "classes=", "'terms=[{head: my/head, class: module.Class}]'"),
 )
 # Settings that do not make another run: resume=true finds it whatever they are.
-SAME_RUN = r"verbose|batch_size|trainer\.(max_steps|max_time|check_val_every_n_epoch|log_every_n_steps)"
+SAME_RUN = r"verbose|batch_size|engine(\.\w+)*|trainer\.(max_steps|max_time|check_val_every_n_epoch|log_every_n_steps)"
 # A run's name is a folder's and, with W&B, an id's.
 NAME = r"""(?!.*(^|/)\.{0,2}(/|$))[^:;,#?'"\\\s]+"""
 _chosen: dict[tuple[str, str], str] = {}
@@ -131,6 +131,11 @@ def one_line_errors(function: Callable[..., Any], stopped: str = "", stack: bool
         except Exception as error:
             # Hydra wraps what a constructor raises in an exception of its own.
             bad_input = next((e for e in (error, error.__cause__) if isinstance(e, BAD_INPUT)), None)
+            if not stack and bad_input is None and _is_lack_of_memory(error):
+                found = " ".join(str(error).split()) or "no more of it"
+                raise SystemExit(
+                    _line(f"memory: expected enough for the sizes and batches asked for, found {found}")
+                ) from None
             if stack or (bad_input is None and not _of_configuration(error)):
                 raise
             raise SystemExit(_line(str(bad_input or explain("", error, ())))) from None
@@ -191,6 +196,11 @@ def quote_texts(words: Sequence[str]) -> list[str]:
         return f"{key}='{escaped}'"
 
     return list(words) if {"-m", "--multirun"} & set(words) else [quoted(word) for word in words]
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    # torch has a class of its own for that of GPUs alone.
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in str(error))
 
 
 def _of_configuration(error: BaseException) -> bool:
@@ -419,7 +429,13 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
     for kind in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
         warnings.filterwarnings("ignore", category=kind)
-    for words in ("deprecated", "does not have many workers", "exists and is not empty", "than the logging interval"):
+    for words in (
+        "deprecated",
+        "does not have many workers",
+        "exists and is not empty",
+        "than the logging interval",
+        "sync_dist",
+    ):
         warnings.filterwarnings("ignore", message=f".*{words}")
     os.environ.setdefault("WANDB_QUIET", "true")
     for library in (diffusers_logging, transformers_logging):

@@ -6,8 +6,9 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import claimed, command, link_latest, load_configured_head
 from rg.data.samples import Groups, Samples
 from rg.data.shards import read_shards
-from rg.detectors.keypoints import Detection, KeypointDetector
+from rg.detectors.clip import ClipFeatures
+from rg.detectors.detection import Detector
 from rg.generation import check_sampling, generate, image_seeds, image_size, per_image, set_scheduler
 from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import FixedTarget
@@ -32,9 +34,20 @@ from rg.io.files import write_json, write_text
 from rg.io.images import from_bytes, open_saved, pixels, save_image
 from rg.metrics.keypoints import check_alphas, measurable
 from rg.points import draw_skeletons
-from rg.report import CONDITIONS, distances_to, headline, read_record, score_images, summarise, table
+from rg.report import (
+    CONDITIONS,
+    agreements,
+    distances_to,
+    headline,
+    read_record,
+    score_images,
+    summarise,
+    table,
+)
 
 log = logging.getLogger(__name__)
+BESIDE_IMAGES = ("resume", "run_dir", "batch_size", "verbose", "engine")  # settings on which no image depends
+Verdicts = dict[str, dict[str, list[dict[str, Any]]]]  # judge -> condition -> of each image
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -43,6 +56,49 @@ def check_settings(cfg: DictConfig) -> None:
     for name in ("images", "batch_size"):
         if cfg[name] < 1:
             raise ValueError(f"{name}: expected at least 1, got {cfg[name]}")
+
+
+def labeller_among(judges: Sequence[str], detectors: DictConfig, labelled_by: str | None) -> str | None:
+    """Which of the judges is the annotator, a class by its name, that made a head's labels; None where none is."""
+    makers = {judge: detectors[judge].get("annotator", {}).get("_target_", "").split(".")[-1] for judge in judges}
+    return next((judge for judge, maker in makers.items() if maker and maker == labelled_by), None)
+
+
+def choose_judges(cfg: DictConfig, labelled_by: str | None) -> list[str]:
+    """The names of an evaluation's judges, the headline's first, one who made the head's labels last.
+
+    Args:
+        cfg: of the evaluation.
+        labelled_by: the class of the annotator that made the head's labels, see ReadoutHead.
+
+    Raises:
+        ValueError: world.judges names another than one of world.detectors, or one twice; one of them made the labels
+            that the head was trained on, and cfg does not allow that.
+    """
+    names, known = list(cfg.world.judges), list(cfg.world.detectors)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"world.judges: expected some of {known}, found {unknown}")
+    if len({*names}) < len(names):
+        raise ValueError(f"world.judges: expected each judge once, found {names}")
+    labeller = labeller_among(names, cfg.world.detectors, labelled_by)
+    if labeller and not cfg.allow_same_judge:
+        others = ",".join(name for name in known if name != labeller)
+        raise ValueError(
+            f"world.judges={names}: expected judges that did not make the labels that the head was trained on, found "
+            f"{labeller}, and {labelled_by} made them: take others, world.judges=[{others}], or have it reported last, "
+            "and marked, by allow_same_judge=true"
+        )
+    return sorted(names, key=lambda name: name == labeller)
+
+
+def load_judges(cfg: DictConfig, labelled_by: str | None) -> dict[str, Detector]:
+    """The judges that `choose_judges` names, in that order.
+
+    Raises:
+        ValueError: see there.
+        FileNotFoundError: the weights of one are missing.
+    """
+    return {name: instantiate(cfg.world.detectors[name]) for name in choose_judges(cfg, labelled_by)}
 
 
 def measurable_samples(samples: Samples | Groups) -> Samples:
@@ -66,15 +122,17 @@ class Evaluation:
         check_settings(cfg)
         self.cfg, self.run_dir = cfg, run_dir
         self.head: ReadoutHead = load_configured_head(cfg.head, cfg.world.family)
+        self.judges = load_judges(cfg, self.head.labelled_by)
+        self.labeller = labeller_among([*self.judges], cfg.world.detectors, self.head.labelled_by)
+        self.clip = None if cfg.clip is None else ClipFeatures.from_pretrained(cfg.clip)
         self.backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
         self.head.check_taps(self.backbone.tap_channels, self.backbone.time_embed_dim, self.backbone.condition_dim)
         self.head.to(self.backbone.device)
-        self.detector: KeypointDetector = instantiate(cfg.world.detector)
         set_scheduler(self.backbone.pipeline, cfg.scheduler)
         self.sampling = check_sampling(self.backbone, cfg.sampling)
         made, seen = image_size(self.backbone, cfg.sampling), self.backbone.resolution
         if made != seen:
-            raise ValueError(f"sampling.height, sampling.width: expected {seen}, as the detector does, got {made}")
+            raise ValueError(f"sampling.height, sampling.width: expected {seen}, as the judges do, got {made}")
         # A bad setting of guidance is said before any image is made.
         instantiate(cfg.guidance)(terms=[GuidanceTerm(self.head)])
         instantiate(cfg.data.builder)(split=cfg.split, n=cfg.images)
@@ -89,8 +147,8 @@ class Evaluation:
     def _claim_folder(self) -> None:
         weights = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in self.head.state_dict().values()))
         settings = OmegaConf.to_container(self.cfg, resolve=True)
-        settings = {key: settings[key] for key in settings if key not in ("resume", "run_dir", "batch_size", "verbose")}
-        del settings["world"]["batch_size"]  # no image depends on it
+        settings = {key: settings[key] for key in settings if key not in BESIDE_IMAGES}
+        del settings["world"]["batch_size"], settings["data"]["builder"]["engine"]  # no image depends on them
         text = json.dumps({"settings": settings, "head": weights.hexdigest()}, indent=1, sort_keys=True) + "\n"
         path = self.run_dir / "settings.json"
         if path.is_file() and path.read_bytes() != text.encode() and (self.run_dir / "samples").is_dir():
@@ -112,15 +170,15 @@ class Evaluation:
         todo, size = set(self.unfinished()), self.cfg.batch_size
         batches = [range(len(self.samples))[start : start + size] for start in range(0, len(self.samples), size)]
         batches = [batch for batch in batches if not todo.isdisjoint(batch)]
-        for batch in track(batches, description="sampling", disable=not batches):
-            # All of a batch, as without a break: the last bits of an image depend on how many are made at once.
-            self.sample(batch, todo)
+        # All of a batch, as without a break: the last bits of an image depend on how many are made at once.
+        tasks = {f"positions {b[0]} to {b[-1]}": [list(b), sorted(todo.intersection(b))] for b in batches}
+        made = instantiate(self.cfg.engine, _convert_="all").map(self, tasks)
+        for _ in track(made, description="sampling", total=len(tasks), disable=not tasks):
+            pass
         records = [self.read(i) for i in range(len(self.samples))]
-        results = summarise(records, self.cfg.alphas)
-        images = {condition: self.images(condition) for condition in CONDITIONS}
-        renders = torch.stack([sample["image"] for sample in self.samples])
-        results["left_out"] = self.left_out
-        results["kernel_distance"] = distances_to(renders, images, self.detector)
+        results = summarise(records, self.cfg.alphas, [*self.judges])
+        results["left_out"], results["labeller"] = self.left_out, self.labeller
+        results |= self.distances()
         results["seconds"] = {c: sum(r["seconds"][c] for r in records) for c in ("unguided", "guided")}
         results["command"] = shlex.join(["python", "-m", "rg.evaluate", *sys.argv[1:]])
         write_text(self.run_dir / "table.md", table(results))
@@ -128,9 +186,28 @@ class Evaluation:
         write_json(self.run_dir / "results.json", results)
         return results
 
+    def __call__(self, name: str, task: Sequence[Sequence[int]]) -> None:
+        """Makes one batch: its positions, and those of them that are missing."""
+        self.sample(*task)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process an evaluation is made anew of its settings, which loads the networks there."""
+        settings = OmegaConf.create(OmegaConf.to_container(self.cfg, resolve=True))
+        return resolve_name("rg.evaluate.Evaluation"), (settings, self.run_dir)
+
+    def distances(self) -> dict[str, dict[str, float] | None]:
+        """Of each condition's images to the samples' own: by the first judge with features, and by CLIP if given."""
+        images = {condition: self.images(condition) for condition in CONDITIONS}
+        own = torch.stack([sample["image"] for sample in self.samples])
+        embed = next((judge.embed for judge in self.judges.values() if hasattr(judge, "embed")), None)
+        return {
+            "kernel_distance": None if embed is None else distances_to(own, images, embed),
+            "cmmd": None if self.clip is None else distances_to(own, images, self.clip.embed, clip=True),
+        }
+
     def read(self, position: int) -> dict[str, Any]:
         """The record of a position whose images are all there; raises ValueError where a file of it is damaged."""
-        record = read_record(self.record_path(position), position, self.cfg.alphas)
+        record = read_record(self.record_path(position), position, self.cfg.alphas, [*self.judges])
         shown = [*CONDITIONS, *(["readout"] if self.image_path(position, "readout").exists() else [])]
         for condition in shown:
             self.image(position, condition)
@@ -171,11 +248,7 @@ class Evaluation:
         readouts = None
         if guidance.trace and guidance.trace[-1].readouts:  # none without guidance.keep_readouts
             readouts = self.head.preview(guidance.trace[-1].readouts[0]).cpu()
-        # One condition at a time, as the last bits of what is detected depend on how many images there are.
-        found = [self.detector.detect(images, keypoints.shape[1]) for images in made.values()]
-        together = Detection(*(torch.cat(values) for values in zip(*found, strict=True)))
-        rows = score_images(together, keypoints.repeat(len(made), 1, 1, 1), self.cfg.alphas)
-        scores = {name: rows[i * len(batch) :][: len(batch)] for i, name in enumerate(made)}
+        judges, agreement = self.judge(made, keypoints)
         for row, position in enumerate(positions):
             if position not in todo:
                 continue
@@ -184,7 +257,32 @@ class Evaluation:
             if readouts is not None:
                 save_image(readouts[row] * 2 - 1, self.image_path(position, "readout"))
             record = {"position": position, "prompt": prompts[row], "seconds": seconds}
-            write_json(self.record_path(position), {**record, **{c: scores[c][row] for c in CONDITIONS}})
+            for name, verdicts in (("judges", judges), ("agreement", agreement)):
+                record[name] = {j: {c: verdict[c][row] for c in CONDITIONS} for j, verdict in verdicts.items()}
+            write_json(self.record_path(position), record)
+
+    def judge(self, made: Mapping[str, Tensor], keypoints: Tensor) -> tuple[Verdicts, Verdicts]:
+        """What every judge says of a batch's images under each condition, and how far each agrees with the first.
+
+        Args:
+            made: images (B, 3, H, W) of every condition.
+            keypoints: (B, P, 18, 3), the poses asked for.
+        """
+        # One condition at a time, as the last bits of what is detected depend on how many images there are.
+        found = {
+            judge: {condition: detector.detect(images, keypoints.shape[1]) for condition, images in made.items()}
+            for judge, detector in self.judges.items()
+        }
+        alphas, (first, *others) = self.cfg.alphas, found
+        scores = {
+            judge: {condition: score_images(seen, keypoints, alphas) for condition, seen in by_condition.items()}
+            for judge, by_condition in found.items()
+        }
+        same = {
+            other: {c: agreements(found[first][c], seen, keypoints, alphas) for c, seen in found[other].items()}
+            for other in others
+        }
+        return scores, same
 
     def images(self, condition: str, count: int | None = None) -> Tensor:
         """Saved images of a condition: (N, 3, H, W) in [-1, 1]."""
@@ -199,7 +297,8 @@ class Evaluation:
         """Target pose, image it came from, unguided, guided, readout during guidance, detected pose."""
         size = self.backbone.resolution
         keypoints = self.samples.keypoints[:count]
-        points = [self.read(i)["guided"]["points"] for i in range(len(keypoints))]
+        first = next(iter(self.judges))
+        points = [self.read(i)["judges"][first]["guided"]["points"] for i in range(len(keypoints))]
         asked = (keypoints[..., 2:] > 0).any(-2, keepdim=True).expand_as(keypoints[..., 2:])
         found = torch.cat([torch.tensor(points), asked], -1)
         shown = (4 * size[0], 4 * size[1])

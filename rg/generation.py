@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -18,6 +19,7 @@ from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import refresh_seconds
 from rg.guidance.guidance import ReadoutGuidance
 from rg.guidance.step import StepTrace
+from rg.io.images import open_image
 from rg.points import Size
 from rg.settings import check_arguments
 
@@ -150,9 +152,17 @@ def per_image(name: str, texts: str | Sequence[str], images: int) -> list[str]:
 
 
 def check_sampling(backbone: DiffusionBackbone, sampling: DictConfig) -> dict[str, Any]:
-    """The pipeline's own arguments of a command; raises ValueError for one that it does not take or of another type."""
+    """The pipeline's own arguments of a command; `image`, such as a ControlNet's, is a file, one for all images.
+
+    Raises:
+        ValueError: an argument that the pipeline does not take or of another type, or an image that cannot be read.
+    """
     arguments = OmegaConf.to_container(sampling, resolve=True)
-    check_arguments(type(backbone.pipeline).__call__, arguments, "sampling", closed=True)
+    file = arguments.get("image")
+    given = arguments if file is None else arguments | {"image": "???"}  # to be read
+    check_arguments(type(backbone.pipeline).__call__, given, "sampling", closed=True)
+    if file is not None:
+        arguments["image"] = fit_image(open_image(Path(file)), image_size(backbone, arguments))
     return arguments
 
 

@@ -34,12 +34,16 @@ Row = Annotated[list[Number], Field(min_length=4, max_length=4)]
 # What stands beside a `_target_`'s arguments: which trained head an experiment steers with.
 BESIDE = ("head.path",)
 
-# Below these any name may be added: a pipeline is loaded before it can say what it takes, methods are named by users.
-FREE = ("sampling", "methods")
+# Below these any name may be added: a pipeline is loaded before it can say what it takes; judges and methods of one's
+# own have names of one's own.
+FREE = ("sampling", "methods", "world.detectors")
+
+# What is always a call.
+CALLS = ("world.backbone", "data.builder")
 
 # By the end of a setting's dotted name, of which the longest counts; a name with a dot in front has nothing above it.
 TYPES: dict[str, Any] = {
-    **dict.fromkeys(("seed", "pose", "warmup_steps", "warm_up", "unseen", "changed", "whole.keypoints"), Index),
+    **dict.fromkeys(("seed", ".pose", "warmup_steps", "warm_up", "unseen", "changed", "whole.keypoints"), Index),
     **dict.fromkeys(("images", "batch_size", "epoch_batches", "shard_size", "max_steps", "num_inference_steps"), Count),
     **dict.fromkeys(("resolution", "projection_dim", "norm_groups", "output_scale", "hidden_channels"), Count),
     **dict.fromkeys(
@@ -55,23 +59,22 @@ TYPES: dict[str, Any] = {
         ),
         Count,
     ),
-    **dict.fromkeys(
-        ("together", "rounds", "parts", "sheet_images", "held_out", "pictures.train", "workers", "tokens"), Count
-    ),
+    **dict.fromkeys(("together", "parts", "sheet_images", "held_out", "pictures.train", "workers", "tries"), Count),
+    **dict.fromkeys(("tokens", "rounds"), Count),
+    "length": Positive,
     **dict.fromkeys(
         ("size", "val_size", "val_batch_size", "available", "n", "height", "width", "threads"), Count | None
     ),
     **dict.fromkeys(
         ("denoiser.steps", "check_val_every_n_epoch", "log_every_n_steps", "every_n_train_steps"), Count | None
     ),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", ".people"), Count),
     **dict.fromkeys(("layers_per_block", "attention_head_dim", "norm_num_groups", "hidden_size"), Count),
     **dict.fromkeys(("intermediate_size", "num_hidden_layers", "num_attention_heads", "levels", "window"), Count),
-    **dict.fromkeys(("widths", "finder_widths", "block_out_channels", "val_timesteps"), Counts),
-    **dict.fromkeys(
-        ("learning_rate", "appearance_learning_rate", "preview_minutes", "temperature", "length"), Positive
-    ),
+    **dict.fromkeys(("widths", "finder_widths", "block_out_channels", "val_timesteps", "counts"), Counts),
+    **dict.fromkeys(("learning_rate", "appearance_learning_rate", "preview_minutes", "temperature"), Positive),
     **dict.fromkeys(("line_width", "hardware.gflops", "hardware.memory_gb"), Positive | None),
-    **dict.fromkeys(("weight_decay", "contrast", "pose_contrast", "kl_weight", "margin", "repulsion"), Amount),
+    **dict.fromkeys(("weight_decay", "contrast", "pose_contrast", "kl_weight", "margin", "repulsion", "gpus"), Amount),
     **dict.fromkeys(("readout_scale", "guidance_scale", "scale"), Number),
     **dict.fromkeys(("eta", "strength", "validation_share", "test_share", "decay", "ema", "alpha", "least"), Share),
     **dict.fromkeys(("guidance.start", "guidance.stop"), Share),
@@ -80,11 +83,12 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("model", "backbone", "detector", "classifier", "family", "name", "pose_variant"), Word),
     **dict.fromkeys(("train.experiment", "sample.experiment"), Word),
     **dict.fromkeys(("control", "reference", "device", "head.class", "head.released", "pictures.masks"), Word | None),
-    **dict.fromkeys(("pictures.path", "pictures.labels", "autoencoder.start"), Word | None),
+    **dict.fromkeys(("pictures.path", "pictures.labels", "autoencoder.start", ".clip", ".other"), Word | None),
     **dict.fromkeys(("prompt", "edit_prompt"), str | None),
-    **dict.fromkeys(("verbose", "check", "sided"), bool),
-    **dict.fromkeys(("precisions", "memory_modes", "checkpoints", "down_block_types", "up_block_types"), Words),
-    **dict.fromkeys(("commands.detector", "commands.classifier", "commands.card"), Words),
+    **dict.fromkeys(("verbose", "check", "sided", "kill", "allow_same_judge"), bool),
+    **dict.fromkeys(("precisions", "memory_modes", "checkpoints", "engines", "judges"), Words),
+    **dict.fromkeys(("down_block_types", "up_block_types"), Words),
+    **dict.fromkeys(("commands.detector", "commands.transformer", "commands.classifier", "commands.card"), Words),
     **dict.fromkeys(("appearance_negatives", "identity_negatives", "kinds"), dict[str, Amount]),
     ".resume": bool | Literal["unfinished"],
     **dict.fromkeys(("_partial_", "_recursive_"), bool),
@@ -146,7 +150,8 @@ def check(cfg: DictConfig, added: Sequence[str] = (), removed: Sequence[str] = (
     for name in removed:
         parent, _, key = name.rpartition(".")
         owner = (OmegaConf.select(cfg, parent) if parent else None) or {}
-        if "_target_" in owner and key in signature_of(_target(owner["_target_"], parent)).required:
+        words = re.fullmatch("_.*_", key)  # without them Hydra makes something else of the others
+        if "_target_" in owner and (words or key in signature_of(_target(owner["_target_"], parent)).required):
             raise ValueError(f"~{name}: expected {name} to stay, which {owner['_target_']} needs")
 
 
@@ -220,9 +225,14 @@ def _check_node(node: Any, path: str) -> None:
         check_arguments(_target(node["_target_"], path), given, path)
     for key, value in node.items():
         name = f"{path}.{key}".lstrip(".")
-        if _has_calls(value) or (isinstance(value, dict) and type_of(name) in (None, Word)):
+        kind = type_of(name)
+        if name in CALLS and not (isinstance(value, dict) and "_target_" in value):
+            raise ValueError(f"{name}: expected {{_target_: module.name, ...}}, found {json.dumps(value)}")
+        if isinstance(value, dict) and "_target_" in value and kind not in (None, Word):
+            raise ValueError(f"{name}: expected a plain value, found a call of {value['_target_']}")
+        if _has_calls(value) or (isinstance(value, dict) and kind in (None, Word)):
             _check_node(value, name)
-        elif (kind := type_of(name)) is not None:
+        elif kind is not None:
             _check_value(name, value, kind)
 
 

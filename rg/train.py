@@ -55,6 +55,7 @@ def _fit(trainer: Trainer, head: ReadoutHead, data: ReadoutDataModule, run_dir: 
         finish_wandb(trainer)
     trainer.save_checkpoint(run_dir / "checkpoints" / LAST, weights_only=False)
     if trainer.is_global_zero:
+        head.labelled_by = data.labelled_by()
         head.save_pretrained(run_dir / "head")
         link_latest(run_dir)
         log.info("head: %s", run_dir / "head")

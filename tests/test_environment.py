@@ -18,6 +18,8 @@ PACKAGES = ("rg", "data_prep", "experiments")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = [Requirement(line) for line in PROJECT["dependencies"]]
 DEV = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
+# Locked, but installed only where they are asked for.
+OPTIONAL = [Requirement(line) for extra in ("ray", "slurm") for line in PROJECT["optional-dependencies"][extra]]
 # Needed although no file imports them: why.
 INDIRECT = {
     "accelerate": "diffusers loads and offloads models with it",
@@ -31,6 +33,13 @@ def lock() -> dict[str, str]:
     """Package to version, from constraints.txt."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def is_installed(name: str) -> bool:
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def needed(requirements: list[Requirement]) -> Iterator[Requirement]:
@@ -67,16 +76,20 @@ def imported() -> set[str]:
 
 def test_lock_holds_the_whole_environment() -> None:
     pins = lock()
-    for requirement in needed(CORE + DEV):
+    wanted = list(needed(CORE + DEV + [requirement for requirement in OPTIONAL if is_installed(requirement.name)]))
+    for requirement in wanted:
         name = canonicalize_name(requirement.name)
         assert name in pins, f"constraints.txt: {name} is missing"
         assert requirement.specifier.contains(pins[name], prereleases=True), f"{pins[name]} is not {requirement}"
-    assert not set(pins) - {canonicalize_name(r.name) for r in needed(CORE + DEV)}, "locked but needed by nothing"
+    unneeded = set(pins) - {canonicalize_name(requirement.name) for requirement in wanted}
+    assert not set(filter(is_installed, unneeded)), "locked but needed by nothing"
+    assert all(canonicalize_name(requirement.name) in pins for requirement in OPTIONAL)
 
 
 def test_installed_is_what_is_locked() -> None:
-    installed = {name: metadata.version(name).split("+")[0] for name in lock() if name != "setuptools"}
-    assert installed == {name: version for name, version in lock().items() if name != "setuptools"}
+    required = {canonicalize_name(requirement.name) for requirement in needed(CORE + DEV)}
+    names = {name for name in lock() if name in required or is_installed(name)} - {"setuptools"}
+    assert {name: metadata.version(name).split("+")[0] for name in names} == {name: lock()[name] for name in names}
 
 
 def test_lock_fits_every_machine() -> None:
@@ -102,7 +115,9 @@ def test_conda_gets_what_make_setup_installs() -> None:
 
 def test_declared_is_what_is_imported() -> None:
     declared = {canonicalize_name(requirement.name) for requirement in CORE}
-    # Imported where they are used alone: who labels no photographs does without.
-    lazy = {canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"]["photographs"]}
+    # Imported where they are used alone: who labels no photographs, or has one machine, does without.
+    extras = ("photographs", "ray", "slurm")
+    lines = [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
+    lazy = {canonicalize_name(Requirement(line).name) for line in lines}
     assert imported() - declared == lazy, "imported but not in pyproject.toml, or the other way round"
     assert not declared - imported() - set(INDIRECT), "in pyproject.toml but imported nowhere"

@@ -57,7 +57,8 @@ def test_a_world_trains_samples_and_evaluates(place, root, model):
     assert done.returncode == 0, done.stdout + done.stderr
     image = place / "outputs" / "pose_control" / "latest" / "00001.png"
     assert Image.open(image).size == (32, 32) and len(np.unique(np.asarray(Image.open(image)))) > 10
-    done = run(place, root, "rg.evaluate", *world, *few, "world.detector.folder=detector")
+    judge = "+world.detectors.own={_target_:rg.detectors.KeypointDetector.from_pretrained,folder:detector}"
+    done = run(place, root, "rg.evaluate", *world, *few, judge, "world.judges=[own]")
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((place / "outputs" / "eval_pck" / "latest" / "results.json").read_text())
     assert results["images"] == 2

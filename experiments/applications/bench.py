@@ -39,7 +39,7 @@ class Bench:
     """References, their inverted noise, and who judges what is made after them.
 
     Args:
-        cfg: with world, split, images, batch_size, seed, sampling, detectors, classifier.
+        cfg: with world, split, images, batch_size, seed, sampling, classifier.
         run_dir: keeps what is made, in a folder for each method.
         choose: gives the positions of the samples that can be used; None takes all.
     """
@@ -52,7 +52,7 @@ class Bench:
         self.guidance = edit.guidance
         self.sampling = {**OmegaConf.to_container(edit.sampling, resolve=True), **cfg.sampling}
         self.backbone: DiffusionBackbone = instantiate(edit.world.backbone)
-        self.detectors = {name: instantiate(detector) for name, detector in cfg.detectors.items()}
+        self.detectors = {name: instantiate(edit.world.detectors[name]) for name in edit.world.judges}
         self.classifier = AttributeClassifier.from_pretrained(cfg.classifier)
         builder = compose_config("train", [f"world={cfg.world}", "data=pose"]).data.builder
         instantiate(builder)(split=cfg.split, n=cfg.images)

@@ -11,7 +11,7 @@ from rg.io.files import atomic, read_json, write_json, write_text
 from rg.io.records import Record, validate
 
 # Stages that are trained, and the file in a stage's folder that says under which settings it was finished.
-NOTES = {"autoencoder": "quality.json", "unet": "done.json", "detector": "done.json", "classifier": "done.json"}
+NOTES = {"autoencoder": "quality.json", **dict.fromkeys(("unet", "detector", "transformer", "classifier"), "done.json")}
 LAST = 1000  # steps whose mean loss is noted
 
 

@@ -27,10 +27,11 @@ from rg.models import locate
 
 MODULE = "experiments.marionette.train"
 LARGEST_FILE = "15MB"
-STAGES = ("autoencoder", "unet", "detector", "classifier", "card")
+STAGES = ("autoencoder", "unet", "detector", "transformer", "classifier", "card")
 # Stages that are commands of their own, by the module and the config of one name.
 COMMANDS = {
     "detector": ("experiments.marionette.judges.detector", "experiments/marionette_detector"),
+    "transformer": ("experiments.marionette.judges.transformer", "experiments/marionette_transformer"),
     "classifier": ("experiments.marionette.judges.classifier", "experiments/marionette_classifier"),
     "card": ("experiments.marionette.card.measure", "experiments/marionette_card"),
 }

@@ -3,7 +3,7 @@
 python -m experiments.quality.sweeps run=outputs/sweep_dataset_size
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,11 @@ def _cells(rows: Sequence[Sequence[float]]) -> list[str]:
 
 
 def evaluation_table(folder: Path) -> str:
-    """One row per finished run below `folder`: its overrides, PCK at every alpha, detector confidence.
+    """One row per finished run below `folder`: its overrides, every judge's PCK at every alpha and confidence.
 
     Raises:
         FileNotFoundError: there is no finished run.
-        ValueError: a file of a run is damaged, or runs differ in their tolerances.
+        ValueError: a file of a run is damaged, or runs differ in their judges or tolerances.
     """
     runs: list[tuple[dict[str, Any], list[str]]] = []
     for path in sorted(folder.glob("*/results.json")):
@@ -79,28 +79,35 @@ def evaluation_table(folder: Path) -> str:
             continue
         overrides = read_yaml(path.parent / ".hydra" / "overrides.yaml", list[str])
         results = validate(Results, read_json(path), str(path)).model_dump()
-        if runs and results["pck"].keys() != runs[0][0]["pck"].keys():
-            raise ValueError(f"{path}: pck: expected {[*runs[0][0]['pck']]}, found {[*results['pck']]}")
+        if runs and (found := _columns(results)) != (expected := _columns(runs[0][0])):
+            raise ValueError(f"{path}: judges: expected {expected}, found {found}")
         runs.append((results, [o for o in overrides if not o.startswith("+")]))
     if not runs:
         raise FileNotFoundError(f"{folder}: expected runs with results.json, found none")
     common = set.intersection(*(set(overrides) for _, overrides in runs)) if len(runs) > 1 else set()
-    alphas = list(runs[0][0]["pck"])
-    lines = [
-        "| " + " | ".join(["settings", *(f"PCK@{a}" for a in alphas), "confidence", "images"]) + " |",
-        "|---" * (len(alphas) + 3) + "|",
-    ]
-    for results, overrides in sorted(runs, key=lambda run: -run[0]["pck"][alphas[0]]["guided"]["mean"]):
-        cells = [" ".join(o for o in overrides if o not in common)]
-        cells += [f"{results['pck'][alpha]['guided']['mean']:.3f}" for alpha in alphas]
-        cells += [f"{results['confidence']['guided']['mean']:.3f}", str(results["images"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    reference = runs[0][0]
-    for name in ("unguided", "ceiling"):
-        cells = [name, *(f"{reference['pck'][alpha][name]['mean']:.3f}" for alpha in alphas)]
-        cells += [f"{reference['confidence'][name]['mean']:.3f}", str(reference["images"])]
-        lines.append("| " + " | ".join(cells) + " |")
+    columns = _columns(runs[0][0])
+    header = ["settings", *columns, "images"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    rows = [(" ".join(o for o in overrides if o not in common), results, "guided") for results, overrides in runs]
+    rows.sort(key=lambda row: -_values(row[1], "guided")[0])
+    rows += [(name, runs[0][0], name) for name in ("unguided", "ceiling")]
+    for title, results, condition in rows:
+        cells = [title, *(f"{value:.3f}" for value in _values(results, condition)), str(results["images"])]
+        lines.append(f"| {' | '.join(cells)} |")
     return f"In common: {' '.join(sorted(common)) or 'nothing'}\n\n" + "\n".join(lines) + "\n"
+
+
+def _columns(results: Mapping[str, Any]) -> list[str]:
+    """What `_values` gives, by name."""
+    judges = results["judges"].items()
+    return [
+        f"{name} ({judge})" for judge, scores in judges for name in (*map("PCK@{}".format, scores["pck"]), "confidence")
+    ]
+
+
+def _values(results: Mapping[str, Any], condition: str) -> list[float]:
+    rows = [row for scores in results["judges"].values() for row in (*scores["pck"].values(), scores["confidence"])]
+    return [row[condition]["mean"] for row in rows]
 
 
 @command("experiments/sweeps")

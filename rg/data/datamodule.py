@@ -166,6 +166,12 @@ class ReadoutDataModule(LightningDataModule):
             own = "" if held_out else ", taken from the training images as the folder deals none"
             log.info("%s: %d to train, %d to validate%s", self.root, len(self.train_set), len(self.val_set), own)
 
+    def labelled_by(self) -> str | None:
+        """The class of the annotator that made the training labels; None where the manifest does not say it."""
+        annotator = Manifest.read(self.root / "train").settings.get("annotator")
+        target = annotator.get("_target_") if isinstance(annotator, dict) else None
+        return target.rpartition(".")[2] if isinstance(target, str) else None
+
     def _has_validation(self) -> bool:
         folder = self.root / "val"
         if self.builder is None or (folder / "manifest.json").is_file():

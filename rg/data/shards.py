@@ -97,7 +97,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Writes `folder`/manifest.json, whole or not at all, with the total of samples beside the fields."""
-        content = {"samples": len(self.indices()), **asdict(self)}
+        content = {"samples": sum(shard["samples"] for shard in self.shards.values()), **asdict(self)}
         for name in ("shards", "skipped"):
             content[name] = dict(sorted(content[name].items()))
         write_json(folder / "manifest.json", content)

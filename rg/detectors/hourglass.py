@@ -1,22 +1,12 @@
-"""What the small networks that judge images share: their trunk, and how they are stored."""
+"""The trunk that the convolutional networks that judge images share."""
 
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from rg.io.files import atomic, read_json
-from rg.io.records import validate
-from rg.io.weights import load_network
-from rg.models import locate
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+from rg.detectors.stored import StoredNetwork
 
 
 class ResidualBlock(nn.Module):
@@ -38,17 +28,13 @@ class ResidualBlock(nn.Module):
         return F.silu(self.shortcut(x) + self.body(x))
 
 
-class Hourglass(nn.Module):
+class Hourglass(StoredNetwork):
     """An hourglass (Newell et al., 2016) over patches: local features that know of the whole image.
-
-    A network that is stored by itself keeps the arguments of its constructor in `config`, plain values.
 
     Args:
         widths: channels at 1, 1/2 and 1/4 of the patches' resolution, multiples of 8.
         patch: side of a patch in pixels; images enter as patches, so that nearly all arithmetic is at 1 / patch.
     """
-
-    config: dict[str, Any]
 
     def __init__(self, widths: Sequence[int], patch: int) -> None:
         super().__init__()
@@ -92,29 +78,6 @@ class Hourglass(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Features for distances between sets of images: images (B, 3, H, W) in [-1, 1] -> (B, widths[2])."""
         return self._pyramid(images)[2].mean((2, 3))
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes weights (half precision) and configuration, both whole or not at all."""
-        target = Path(folder)
-        with atomic(target / CONFIG) as config, atomic(target / WEIGHTS) as weights:
-            weights.write_bytes(save({name: value.half().contiguous() for name, value in self.state_dict().items()}))
-            config.write_text(json.dumps(self.config, indent=2) + "\n")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
-        """Reads what `save_pretrained` wrote, or a shipped network by its name, in float32, ready to judge.
-
-        Raises:
-            FileNotFoundError: the folder or a file is missing; the message names it.
-            ValueError: a file is damaged or does not fit the other, see rg.io.weights.load_network.
-        """
-        folder = locate(folder)
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"expected a folder with {CONFIG} and {WEIGHTS}, found no {name} in {folder}")
-        name = str(folder / CONFIG)
-        config = validate(dict[str, Any], read_json(folder / CONFIG), name)
-        return load_network(cls, config, folder / WEIGHTS, name).to(device)
 
 
 def _double(x: Tensor) -> Tensor:

@@ -1,37 +1,18 @@
 """Networks that judge images of people, 18 keypoints each and their confidence, and know nothing of heads."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rg.detectors.detection import MIRROR, Detection
 from rg.detectors.hourglass import Hourglass
 from rg.points import KEYPOINTS, Size, peaks, rescale
 
 CROP = 64  # side in pixels of the crops that poses are read from
 LEAST_KEYPOINTS = 6  # of a person who counts in full: a portrait shows eight
-# The keypoint that each one becomes when an image is mirrored: left and right change places.
-_SIDES = {"left": "right", "right": "left"}
-MIRROR = tuple(KEYPOINTS.index("_".join(_SIDES.get(word, word) for word in name.split("_"))) for name in KEYPOINTS)
-
-
-class Detection(NamedTuple):
-    """What the detector found in B images, P people each, the surest first.
-
-    points: (B, P, 18, 2), (x, y) in pixels of the images, keypoints in the order of `rg.points.KEYPOINTS`.
-    confidence: (B, P, 18) in [0, 1], the largest probability mass of any window of 5x5 cells: low when a keypoint lies
-        outside the image and when it could be in several places.
-    score: (B, P) in [0, 1], how sure it is that there is this person: that of the box times how concentrated the
-        keypoints are that its crop seems to hold.
-    present: (B, P) bool, whether the score reaches the detector's threshold.
-    """
-
-    points: Tensor
-    confidence: Tensor
-    score: Tensor
-    present: Tensor
 
 
 class KeypointDetector(Hourglass):
@@ -86,7 +67,12 @@ class KeypointDetector(Hourglass):
 
     @torch.no_grad()
     def detect(self, images: Tensor, people: int = 1) -> Detection:
-        """Finds the keypoints of up to `people` people in images (B, 3, H, W) in [-1, 1], sides multiples of 16."""
+        """Finds the keypoints of up to `people` people in images (B, 3, H, W) in [-1, 1], sides multiples of 16.
+
+        A keypoint's confidence is the largest probability mass of any window of 5x5 cells: low when it lies outside the
+        image and when it could be in several places. A person's score is that of the box times how concentrated the
+        keypoints are that its crop seems to hold.
+        """
         size = (images.shape[-2], images.shape[-1])
         boxes, scores = self.finder.find(images, people)
         matrices = crop_matrices(boxes.flatten(0, 1), size)

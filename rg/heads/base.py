@@ -30,6 +30,7 @@ class HeadRecord(Record):
 
     class_name: str = Field(alias="class")
     hyperparameters: dict[str, Any]
+    labelled_by: str | None = None
 
 
 def read_head_record(folder: Path) -> HeadRecord:
@@ -99,6 +100,8 @@ class ReadoutHead(LightningModule):
             tap_channels=tap_channels, time_embed_dim=time_embed_dim, taps=taps, **form
         )
         self.backbone: DiffusionBackbone | None = None
+        # The class of the annotator that made the labels of the training, which should not judge its results.
+        self.labelled_by: str | None = None
         # A third faster on CPUs than the default order, for the same numbers.
         self.to(memory_format=torch.channels_last)
 
@@ -200,7 +203,9 @@ class ReadoutHead(LightningModule):
         folder = Path(folder)
         dtype = torch.float16 if half else torch.float32
         tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in self.state_dict().items()}
-        record = {"class": type(self).__name__, "hyperparameters": dict(self.hparams)}
+        record: dict[str, Any] = {"class": type(self).__name__, "hyperparameters": dict(self.hparams)}
+        if self.labelled_by is not None:
+            record["labelled_by"] = self.labelled_by
         with atomic(folder / "head.json") as settings, atomic(folder / "head.safetensors") as weights:
             weights.write_bytes(save(tensors))
             settings.write_text(json.dumps(record, indent=1) + "\n")
@@ -219,4 +224,6 @@ class ReadoutHead(LightningModule):
         if record.class_name != cls.__name__:
             raise ValueError(f"head={folder}: class: expected a {cls.__name__}, found a {record.class_name}")
         weights = folder / "head.safetensors"
-        return load_network(cls, record.hyperparameters, weights, str(folder / "head.json")).requires_grad_(False)
+        head = load_network(cls, record.hyperparameters, weights, str(folder / "head.json")).requires_grad_(False)
+        head.labelled_by = record.labelled_by
+        return head

@@ -51,16 +51,19 @@ def load(
         FileNotFoundError: there is no such file, or it cannot be downloaded.
         ValueError: another family or task, or a file of another form; the message names the entries.
     """
-    path = Path(source)
+    path, labelled_by = Path(source), None
     if str(source) in FILES:
         task = str(source) if str(source) in RELATIVE else None
+        labelled_by = LABELLED_BY.get(str(source))
         path = download(str(source), family)
     if not path.is_file():
         raise FileNotFoundError(f"released={source}: expected one of {sorted(FILES)} or a .pt file, found no such file")
     try:
-        return _build(_read(path), task, time_convention)
+        head = _build(_read(path), task, time_convention)
     except (ValueError, RuntimeError) as error:  # torch refuses widths below zero by a RuntimeError
         raise ValueError(f"released={path}: {error}") from error
+    head.labelled_by = labelled_by
+    return head
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -178,6 +181,8 @@ FILES = {
     "appearance": "weights/readout_{}_drag_appearance.pt",
     "pose_keypoint": "readout_pose/readout_{}_pose_keypoint.pt",
 }
+# The annotators of their labels that may judge images, too.
+LABELLED_BY = {"pose": "OpenPose", "pose_keypoint": "OpenPose"}
 # What is known of the files' contents.
 SHA256 = {
     "weights/readout_sdv15_spatial_depth.pt": "0f8e5fa64fce49fa51cc2c518f8b8e6440dffa26029f3d08b43e983c74259ad6",

@@ -1,7 +1,7 @@
 """Scores of keypoints and of sets of images. Points are (x, y) in pixels of one image; see rg.points."""
 
 from collections.abc import Sequence
-from math import nan
+from math import isnan, nan
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,21 @@ def check_alphas(alphas: Sequence[float]) -> None:
         raise ValueError(f"alphas: expected values in (0, 1), at least one, got {list(alphas)}")
 
 
+def box_sides(points: Tensor, visible: Tensor) -> Tensor:
+    """Width and height of the box around the visible ones of points, 0 where there are none.
+
+    Args:
+        points: (B, K, 2) in pixels.
+        visible: (B, K) bool.
+
+    Returns:
+        (B, 2) in pixels.
+    """
+    low = torch.where(visible[..., None], points, torch.inf).amin(1)
+    high = torch.where(visible[..., None], points, -torch.inf).amax(1)
+    return (high - low).clamp_min(0)
+
+
 def box_side(points: Tensor, visible: Tensor) -> Tensor:
     """Larger side of the box around the visible ones of points (B, K, 2): (B,) in pixels, 0 where fewer than two are.
 
@@ -24,9 +39,7 @@ def box_side(points: Tensor, visible: Tensor) -> Tensor:
         points: (B, K, 2).
         visible: (B, K) bool.
     """
-    low = torch.where(visible[..., None], points, torch.inf).amin(1)
-    high = torch.where(visible[..., None], points, -torch.inf).amax(1)
-    return (high - low).amax(-1).clamp_min(0)
+    return box_sides(points, visible).amax(-1)
 
 
 def measurable(target: Tensor, visible: Tensor) -> Tensor:
@@ -58,16 +71,61 @@ def pck(predicted: Tensor, target: Tensor, visible: Tensor, size: Tensor, alphas
             keypoint (it has no score: leave it out, or do not draw such targets).
     """
     check_alphas(alphas)
+    _check_poses("PCK", predicted, target, visible, size)
+    correct = is_correct(predicted, target, size, alphas)
+    return (correct & visible[..., None]).sum(1) / visible.sum(1)[:, None]
+
+
+def is_correct(predicted: Tensor, target: Tensor, size: Tensor, alphas: Sequence[float]) -> Tensor:
+    """Which keypoints lie within alpha * size of their target, see `pck`: bool (B, K, A)."""
+    reach = torch.stack([alpha * size for alpha in alphas], -1)
+    return (predicted - target).norm(dim=-1)[..., None] <= reach[:, None]
+
+
+def _check_poses(metric: str, predicted: Tensor, target: Tensor, visible: Tensor, size: Tensor) -> None:
     b, k = visible.shape
     shapes = [tuple(x.shape) for x in (predicted, target, size)]
     if shapes != [(b, k, 2), (b, k, 2), (b,)]:
         raise ValueError(f"expected predicted, target, size {[(b, k, 2), (b, k, 2), (b,)]}, got {shapes}")
     empty = (~visible.any(1)).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(f"PCK counts visible keypoints only, and these samples of the batch have none: {empty}")
-    reach = torch.stack([alpha * size for alpha in alphas], -1)
-    correct = (predicted - target).norm(dim=-1)[..., None] <= reach[:, None]
-    return (correct & visible[..., None]).sum(1) / visible.sum(1)[:, None]
+        raise ValueError(f"{metric} counts visible keypoints only, and these samples of the batch have none: {empty}")
+
+
+# Standard deviations of annotators, as shares of the square root of a person's area, for the 18 keypoints of
+# rg.points.KEYPOINTS; COCO has no neck, which does not count.
+SIGMAS = (
+    *(0.026, nan),
+    *(0.079, 0.072, 0.062, 0.079, 0.072, 0.062),
+    *(0.107, 0.087, 0.089, 0.107, 0.087, 0.089),
+    *(0.025, 0.025, 0.035, 0.035),
+)
+IN_COCO = tuple(not isnan(sigma) for sigma in SIGMAS)
+
+
+def oks(predicted: Tensor, target: Tensor, visible: Tensor, area: Tensor) -> Tensor:
+    """COCO's object keypoint similarity, the mean over visible keypoints of exp(-d^2 / (2 area (2 sigma)^2)).
+
+    COCO's 17 keypoints are those of OpenPose without the neck; its sigmas are SIGMAS. COCO takes the area of the
+    person's mask, which a pose alone does not have: give that of the box around the visible keypoints.
+
+    Args:
+        predicted: (B, 18, 2) in pixels.
+        target: (B, 18, 2) in pixels.
+        visible: (B, 18) bool, which keypoints count; one per person at least beside the neck.
+        area: (B,) in pixels, positive.
+
+    Returns:
+        (B,) in [0, 1].
+
+    Raises:
+        ValueError: tensors that do not fit together, or a person without a visible keypoint beside the neck.
+    """
+    counted = visible & torch.tensor(IN_COCO, device=visible.device)
+    _check_poses("OKS", predicted, target, counted, area)
+    spread = 2 * torch.tensor(SIGMAS, dtype=target.dtype, device=target.device).nan_to_num(1.0)
+    similar = (-((predicted - target) ** 2).sum(-1) / (2 * area[:, None] * spread**2)).exp()
+    return torch.where(counted, similar, 0.0).sum(1) / counted.sum(1)
 
 
 def match_people(predicted: Tensor, target: Tensor, visible: Tensor, present: Tensor) -> Tensor:

@@ -138,8 +138,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     Raises:
         ValueError: other shapes.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"expected (N, D) and (M, D) with N, M >= 2, got {tuple(a.shape)} and {tuple(b.shape)}")
+    _check_features(a, b)
     a, b = a.double(), b.double()
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -150,3 +149,33 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
         return (gram.sum() - gram.trace()) / (len(x) * (len(x) - 1))
 
     return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+
+
+CMMD_SIGMA, CMMD_FACTOR = 10.0, 1000.0
+
+
+def cmmd(a: Tensor, b: Tensor) -> float:
+    """1000 times the squared MMD with kernel exp(-|x - y|^2 / (2 * 10^2)), of CLIP features (Jayasumana et al., 2024).
+
+    As they do it counts each image with itself: it is never negative, and larger for few images.
+
+    Args:
+        a: (N, D) of length 1, N >= 2.
+        b: (M, D) of length 1, M >= 2.
+
+    Raises:
+        ValueError: other shapes.
+    """
+    _check_features(a, b)
+    a, b = a.double(), b.double()
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        squares = (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T
+        return (-squares / (2 * CMMD_SIGMA**2)).exp().mean()
+
+    return CMMD_FACTOR * float(kernel(a, a) + kernel(b, b) - 2 * kernel(a, b))
+
+
+def _check_features(a: Tensor, b: Tensor) -> None:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"expected (N, D) and (M, D) with N, M >= 2, got {tuple(a.shape)} and {tuple(b.shape)}")

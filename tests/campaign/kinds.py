@@ -24,7 +24,7 @@ from rg.backbone.diffusion import DiffusionBackbone
 from rg.callbacks import Checkpoints, newest_checkpoint, read_checkpoint
 from rg.data.samples import Group, Sample, to_png
 from rg.data.shards import Manifest, read_shards
-from rg.detectors import AttributeClassifier, KeypointDetector
+from rg.detectors import AttributeClassifier, KeypointDetector, PoseTransformer
 from rg.edit import Frame, parse_boxes, parse_drag, parse_terms
 from rg.heads import load_head, released
 from rg.heads.spatial import SpatialHead
@@ -124,6 +124,11 @@ def make_detector(folder: Path) -> None:
     KeypointDetector(widths=[8, 8, 8], finder_widths=[8, 8, 8], threshold=0.5).save_pretrained(folder)
 
 
+def make_transformer(folder: Path) -> None:
+    settings = {"widths": [8, 8, 8], "encoder_layers": 1, "decoder_layers": 1, "people": 2, "threshold": 0.5}
+    PoseTransformer(**settings).save_pretrained(folder)
+
+
 def make_classifier(folder: Path) -> None:
     AttributeClassifier(attributes={"shirt": ["red", "blue"]}, widths=[8, 8, 8], key_width=4).save_pretrained(folder)
 
@@ -181,22 +186,30 @@ def make_released(folder: Path) -> None:
 
 def make_evaluated(folder: Path) -> None:
     make_samples(folder)
-    settings = {"data": {"root": "."}, "split": ".", "images": 2, "alphas": list(ALPHAS)}
+    settings = {
+        "data": {"root": "."},
+        "split": ".",
+        "images": 2,
+        "alphas": list(ALPHAS),
+        "world": {"judges": ["a", "b"]},
+    }
     (folder / "settings.json").write_text(json.dumps({"settings": settings, "head": "0"}))
     (folder / "samples").mkdir()
     for number in range(2):
         save_image(torch.from_numpy(draw(number, 3, 8, 8)) / 127.5 - 1, folder / "samples" / f"{number:05d}-guided.png")
         points = [[place[:2] for place in person] for person in pose(number)]
         shares = {box: dict.fromkeys(map(str, ALPHAS), 0.5) for box in ("target", "predicted")}
-        scores = {"pck": shares, "confidence": 0.5, "present": True, "points": points}
+        scores = {"pck": shares, "oks": 0.5, "confidence": 0.5, "present": True, "points": points}
+        scores = dict.fromkeys(("unguided", "guided", "ceiling"), scores)
+        same = {key: {"same": dict.fromkeys(map(str, ALPHAS), 1.0), "distance": 0.5} for key in scores}
         record = {"position": number, "prompt": "a", "seconds": {"unguided": 1.0, "guided": 2.0}}
-        record |= dict.fromkeys(("unguided", "guided", "ceiling"), scores)
+        record |= {"judges": {"a": scores, "b": scores}, "agreement": {"b": same}}
         (folder / "samples" / f"{number:05d}.json").write_text(json.dumps(record))
 
 
 def read_evaluated(folder: Path) -> Any:
     places = [folder / "samples" / f"{number:05d}" for number in range(2)]
-    records = [read_record(place.with_suffix(".json"), i, ALPHAS) for i, place in enumerate(places)]
+    records = [read_record(place.with_suffix(".json"), i, ALPHAS, ["a", "b"]) for i, place in enumerate(places)]
     images = [pixels(open_saved(place.with_name(f"{place.name}-guided.png"), (8, 8))) for place in places]
     return records, images, errors(folder)
 
@@ -209,7 +222,8 @@ def make_runs(folder: Path) -> None:
         words = ["+sweep=a", f"seed={number}", "guidance.start=0.5"]
         (run / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(words))
         means = {name: {"mean": 0.5, "sem": 0.1} for name in ("unguided", "guided", "ceiling")}
-        results = {"pck": dict.fromkeys(("0.1", "0.2"), means), "confidence": means, "images": 32}
+        scores = {"pck": dict.fromkeys(("0.1", "0.2"), means), "confidence": means}
+        results = {"judges": {"a": scores, "b": scores}, "images": 32}
         (run / "results.json").write_text(json.dumps(results))
         (run / "head" / "head.json").write_text("{}")
         lines = ["step,train/loss,val/pck@0.1_t50,val/pck@0.1_t600", "1,0.5,,", f"2,,0.{number + 1},0.25"]
@@ -245,7 +259,7 @@ def read_edit_words(folder: Path) -> Any:
     return parse_drag(cfg.drag, frame), parse_boxes(cfg.boxes, frame), parse_terms(cfg.terms)
 
 
-def read_network(network: type[KeypointDetector] | type[AttributeClassifier]) -> Callable[[Path], Any]:
+def read_network(network: type[KeypointDetector | PoseTransformer | AttributeClassifier]) -> Callable[[Path], Any]:
     return lambda folder: weights(network.from_pretrained(folder))
 
 
@@ -256,6 +270,7 @@ FILES = {
     "control": Kind(make_control, lambda folder: load_control(folder / "control.json", SIZE), weight=1.5),
     "head": Kind(make_head, lambda folder: weights(load_head(folder)), named=("head.", "head="), weight=2),
     "detector": Kind(make_detector, read_network(KeypointDetector), named=("model.safetensors",), weight=1.5),
+    "transformer": Kind(make_transformer, read_network(PoseTransformer), named=("model.safetensors",), weight=1.5),
     "classifier": Kind(make_classifier, read_network(AttributeClassifier), named=("model.safetensors",), weight=1.5),
     "shards": Kind(make_samples, lambda folder: vars(read_shards(folder)), weight=4),
     "shards of groups": Kind(make_groups, lambda folder: vars(read_shards(folder)), weight=3),

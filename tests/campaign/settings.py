@@ -81,6 +81,7 @@ class Command:
         folder = whole.with_name(f"{whole.name}-case")
         shutil.copytree(whole, folder)
         said = [part for part in (*name.split("."), "split", word.partition("=")[2][:20]) if len(part) > 1]
+        said += [f"{name}:", *(["data.builder"] if name.startswith("pictures.") else [])]  # which takes these over
         try:
             outcome = watch.run(lambda: run(self.module, words), folder, [word, *said], None, SECONDS)
         finally:

@@ -26,7 +26,7 @@ def test_the_steps_are_the_commands_own_in_the_demos_folders(tmp_path: Path):
         ("images=0", ["images", "0"]),
         ("alphas=[0.1,2.0]", ["alphas", "2.0"]),
         ("scheduler=eular", ["scheduler", "euler", "'eular'"]),
-        ("world.detector.folder=nowhere", ["nowhere"]),
+        ("world.detectors.hourglass.folder=nowhere", ["nowhere"]),
         ("train.experiment=poze_100", ["poze_100"]),
     ],
 )

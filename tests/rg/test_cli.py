@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -180,6 +181,11 @@ def test_our_own_mistakes_keep_their_stack():
     with pytest.raises(TypeError):
         one_line_errors(raises(TypeError("mistake")))()
     assert one_line_errors(lambda word: word)("returned") == "returned"
+
+
+def test_too_little_memory_is_said_in_one_line():
+    with pytest.raises(SystemExit, match="^error: memory: expected enough .* tried to allocate"):
+        one_line_errors(lambda: torch.empty(2**60))()
 
 
 @pytest.mark.parametrize(

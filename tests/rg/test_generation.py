@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from omegaconf import OmegaConf
 from PIL import Image
 
-from rg.generation import SCHEDULERS, generate, generate_in_batches, image_seeds, set_scheduler
+from rg.backbone.diffusion import DiffusionBackbone
+from rg.generation import SCHEDULERS, check_sampling, generate, generate_in_batches, image_seeds, set_scheduler
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
 from rg.io.images import load_control, save_image
@@ -184,3 +186,18 @@ def test_controls_of_other_modes_are_read_as_labels_are(tmp_path):
 def test_seeds_of_images_follow_their_indices_and_runs_share_none():
     assert image_seeds(2, [0, 5]) == [2_000_006, 2_000_011]
     assert not set(image_seeds(0, range(1000))) & set(image_seeds(1, range(1000)))
+
+
+def test_a_controlnets_image_is_a_file_cut_to_the_size_of_the_images(tmp_path, tokenizer, tiny_pipeline):
+    from tests import families
+
+    pixels = np.random.default_rng(0).integers(256, size=(40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "control.png")
+    asked = OmegaConf.create({"image": str(tmp_path / "control.png"), "num_inference_steps": 3})
+    backbone = DiffusionBackbone(families.build("sd15_controlnet", tokenizer))
+    given = check_sampling(backbone, asked)
+    assert given["image"].size == (32, 32) and given["num_inference_steps"] == 3
+    with pytest.raises(ValueError, match=r"none\.png"):
+        check_sampling(backbone, OmegaConf.create({"image": str(tmp_path / "none.png")}))
+    with pytest.raises(ValueError, match="sampling.image: .*takes no such setting"):
+        check_sampling(DiffusionBackbone(tiny_pipeline()), asked)

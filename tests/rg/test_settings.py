@@ -78,6 +78,9 @@ def test_experiments_fit(experiment):
         ("sample", "+head.pth=pose_8k5", ["head.pth", "head.path"]),
         ("evaluate", "batch_size=0", ["batch_size", "1", "0"]),
         ("evaluate", "alphas=[]", ["alphas", "1", "[]"]),
+        ("evaluate", "world.judges=[]", ["world.judges", "1", "[]"]),
+        ("evaluate", "allow_same_judge=1", ["allow_same_judge", "boolean", "1"]),
+        ("evaluate", "world.detectors.transformer.foldr=a", ["foldr", "folder"]),
         ("evaluate", "split=tset", ["split", "test", '"tset"']),
         ("edit", "drag=[[1,2,3]]", ["drag", "4", "[[1, 2, 3]]"]),
         ("edit", "noise=old", ["noise", "reference", '"old"']),
@@ -86,6 +89,8 @@ def test_experiments_fit(experiment):
         ("experiments/benchmark", "repeats=none", ["repeats", "integer", '"none"']),
         ("cost", "hardware.gflops=-1", ["hardware.gflops", "0", "-1"]),
         ("train", "verbose=1", ["verbose", "boolean", "1"]),
+        ("edit", "world.backbone='0'", ["world.backbone", "_target_", '"0"']),
+        ("train", "world.projection_dim={_target_: os.getcwd}", ["world.projection_dim", "plain", "os.getcwd"]),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_was_expected_and_found(config, word, named):
@@ -102,6 +107,13 @@ def test_a_wrong_setting_is_named_with_what_was_expected_and_found(config, word,
     ("config", "words"),
     [
         ("sample", ["guidance.readout_scale=3", "sampling.guidance_scale=2", "+sampling.negative_prompt=[a,b]"]),
+        (
+            "evaluate",
+            [
+                "+world.detectors.own={_target_:rg.detectors.PoseTransformer.from_pretrained,folder:a}",
+                "world.judges=[own]",
+            ],
+        ),
         ("sample", ["head.released=pose", "control=a.png", "+sampling.height=96", "guidance=released"]),
         ("train", ["data.size=null", "data.val_size=null", "head.control_range=[-1,1]", "+trainer.precision=bf16"]),
         ("train", ["~logger.wandb", "+head.taps=[0,1]", "+trainer.enable_progress_bar=false", "pictures=folder"]),
@@ -118,6 +130,8 @@ def test_what_can_be_passes(config, words):
 
 def test_what_a_call_needs_is_not_taken_away():
     words = ["~data.builder.encode_batch", "~data.builder.source"]
+    with pytest.raises(ValueError, match=r"^~data\.builder\._recursive_: expected"):
+        check(compose_config("train", ["~data.builder._recursive_"]), (), ["data.builder._recursive_"])
     with pytest.raises(ValueError, match=r"^~data\.builder\.source: .*data_prep\.prepare\.build"):
         check(compose_config("train", ["pictures=folder", *words]), (), removed_names(words))
 

@@ -83,6 +83,7 @@ def test_a_run_leaves_a_head_that_works(folder, uninterrupted):
     for name, tensor in uninterrupted.state_dict().items():
         assert torch.equal(head.state_dict()[name], tensor), name
     backbone = DiffusionBackbone.from_pretrained("marionette")
+    assert head.labelled_by == "ExactPose"
     readout = head.attach_backbone(backbone).readout(*torch.randn(2, 1, 4, 16, 16), torch.tensor([300]))
     assert readout.shape == (1, 18, 32, 32) and readout.isfinite().all()
     assert (folder / "latest").resolve() == folder / "whole"

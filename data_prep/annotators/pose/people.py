@@ -12,6 +12,8 @@ from rg.points import draw_skeletons, inside
 # Of COCO's 17 keypoints, in its order; 17 is the neck, which is added to them.
 FROM_COCO = (0, 17, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 
+KEY = "pictures.pose"  # the setting that names an annotator where it makes labels
+
 
 class PoseAnnotator:
     """Draws the skeletons of the people that a subclass finds.
@@ -43,14 +45,22 @@ class PoseAnnotator:
         return Label((drawing * 255).round().byte(), people)
 
 
-def find_model(folder: str, name: str, package: str) -> Path:
-    """A model's file anywhere below a folder; raises FileNotFoundError where there is none."""
+def find_model(key: str, folder: str, name: str, package: str) -> Path:
+    """A model's file anywhere below a folder; raises FileNotFoundError, which names `key`, where there is none."""
     path = next(iter(sorted(Path(folder).rglob(name))), None)
     if path is None:
         raise FileNotFoundError(
-            f"pictures.pose.folder={folder}: expected {name} of {package}, found none: docs/data.md says how to get it"
+            f"{key}.folder={folder}: expected {name} of {package}, found none: docs/data.md says how to get it"
+            f"{instead_of(key)}"
         )
     return path
+
+
+def instead_of(key: str) -> str:
+    """What else may be done where an annotator's weights are missing, for messages."""
+    if key == KEY:
+        return ", or take pictures.labels=FOLDER of labels of your own, or another of pictures/pose=..."
+    return ", or take other judges, as world.judges=[movenet,blazepose]"
 
 
 def from_coco(keypoints: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ from experiments.marionette.card.text import card_text, contact_sheet
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import command
 from rg.detectors.attributes import AttributeClassifier
-from rg.detectors.keypoints import Detection, KeypointDetector
+from rg.detectors.detection import Detection
+from rg.detectors.keypoints import KeypointDetector
 from rg.generation import generate, image_seeds
 from rg.io.files import atomic, read_json, write_json, write_text
 from rg.io.images import from_bytes, to_bytes

@@ -18,7 +18,8 @@ from data_prep.marionette.vocabulary import ATTRIBUTES
 from experiments.marionette.renders import world_id
 from experiments.marionette.trainer import mixed_precision
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.detectors.keypoints import MIRROR, crop, to_crops
+from rg.detectors.detection import MIRROR
+from rg.detectors.keypoints import crop, to_crops
 from rg.io.files import atomic
 from rg.io.images import from_bytes, to_bytes
 
@@ -191,3 +192,8 @@ def degrade(images: Tensor, generator: Generator, *, blur: float, light: float, 
     smooth = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
     images = images.lerp(smooth, weight) * gain + shift
     return (images + grain * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
+
+
+def is_present(keypoints: Tensor) -> Tensor:
+    """Which people (..., 18, 3) there are: (...) bool."""
+    return (keypoints != 0).flatten(-2).any(-1)

@@ -13,13 +13,13 @@ from experiments.marionette.judges.data import Renders, load_training_renders
 from experiments.marionette.renders import world_id
 from experiments.marionette.trainer import Trainer
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.detectors.hourglass import Hourglass
+from rg.detectors.stored import StoredNetwork
 from rg.io.files import write_text
 
-Judge = TypeVar("Judge", bound=Hourglass)
+Judge = TypeVar("Judge", bound=StoredNetwork)
 # How a network is trained; what is not named here or by the settings of a judge does not decide its weights.
 RECIPE = {"warm_up": 100, "decay": 1.0, "weight_decay": 0.01, "ema": 0.998}
-PLACES = ("output", "folder", "cache", "verbose")
+PLACES = ("output", "folder", "cache", "verbose", "other")
 
 
 def train(

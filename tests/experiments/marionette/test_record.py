@@ -73,7 +73,7 @@ def test_an_empty_folder_has_nothing_to_record(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
-@pytest.mark.parametrize("stage", ["detector", "classifier"])
+@pytest.mark.parametrize("stage", ["detector", "transformer", "classifier"])
 def test_of_several_trainings_the_latest_counts(tmp_path: Path, stage: str) -> None:
     table(tmp_path / stage / "old", [1.0], 10)
     table(tmp_path / stage / "new", [1.0, 1.0], 20)

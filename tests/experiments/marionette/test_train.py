@@ -18,6 +18,7 @@ from experiments.marionette.train import STAGES, export, load, main, run
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.detectors.attributes import AttributeClassifier
 from rg.detectors.keypoints import KeypointDetector
+from rg.detectors.transformer import PoseTransformer
 
 JUDGE = ["images=8", "held_out=3", "steps=1", "batch_size=8", "widths=[8,8,8]"]
 CARD = [
@@ -28,6 +29,7 @@ CARD = [
 
 def with_tiny_commands(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     settings["commands"]["detector"] += [*JUDGE, "finder_widths=[8,8,8]"]
+    settings["commands"]["transformer"] += [*JUDGE, "encoder_layers=1", "decoder_layers=1"]
     settings["commands"]["classifier"] += JUDGE
     settings["commands"]["card"] += [*CARD, f"results={folder}/results.json", f"sheet={folder}/sheet.png"]
     return settings
@@ -40,19 +42,20 @@ def test_calls_without_time_get_through_all_stages(
     words = ["max_minutes=0", "autoencoder.steps=2", "denoiser.steps=2"]
     settings = with_tiny_commands(training(tmp_path, *words), tmp_path)
     with initialize_config_dir(config_dir=str(root / "conf"), version_base="1.3"):
-        assert [run(settings, "python -m x") for _ in range(7)] == [False] * 6 + [True]
+        assert [run(settings, "python -m x") for _ in range(8)] == [False] * 7 + [True]
     printed = capsys.readouterr().out
-    for stage, calls in zip(STAGES, (2, 2, 1, 1, 1), strict=True):
+    for stage, calls in zip(STAGES, (2, 2, 1, 1, 1, 1), strict=True):
         assert printed.count(f"{stage}: done, ") == 1 and printed.count(f"{stage}: not done yet, ") == calls - 1
 
     record = json.loads((tmp_path / "work/record.json").read_text())
     assert record.pop("command") == "python -m x" and set(record) == {"pictures", *STAGES[:-1]}
     assert all(found["seconds"] > 0 for found in record.values())
-    assert [record[stage]["steps"] for stage in STAGES[:-1]] == [2, 2, 1, 1]
+    assert [record[stage]["steps"] for stage in STAGES[:-1]] == [2, 2, 1, 1, 1]
     assert record["autoencoder"]["quality"]["psnr_mean"] > 0
     assert record["unet"]["settings"]["steps"] == 2 and record["detector"]["batch_size"] == 8
 
-    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["classifier", "detector", "marionette"]
+    made = sorted(path.name for path in (tmp_path / "models").iterdir())
+    assert made == ["classifier", "detector", "marionette", "transformer"]
     card = (tmp_path / "models/marionette/README.md").read_text()
     assert f"python -m experiments.marionette.card.measure model={tmp_path}/models/marionette" in card.replace(
         "\n", " "
@@ -91,15 +94,17 @@ def test_stages_come_in_their_order(training: Callable[..., dict[str, Any]], tmp
 def test_what_a_preset_ships_is_small(root: Path, tmp_path: Path, preset: str) -> None:
     with initialize_config_dir(config_dir=str(root / "conf"), version_base="1.3"):
         composed = compose("experiments/marionette_train", [f"preset={preset}"])
-        judges = [compose(f"experiments/marionette_{name}") for name in ("detector", "classifier")]
+        judges = [compose(f"experiments/marionette_{name}") for name in ("detector", "transformer", "classifier")]
     settings = OmegaConf.to_container(composed, resolve=True)
     make_autoencoder(settings["autoencoder"]["widths"], 64, seed=0).save_pretrained(tmp_path / "vae")
     tokenizer, _ = know_words(settings["denoiser"])
     denoiser = Denoiser(settings["denoiser"]["unet"], settings["denoiser"]["text"], tokenizer, 16)
     make_pipeline(denoiser, tokenizer, tmp_path / "vae").save_pretrained(tmp_path / "trained")
-    detector, classifier = judges
+    detector, transformer, classifier = judges
     sizes = {"widths": detector.widths, "finder_widths": detector.finder_widths}
     KeypointDetector(**sizes, threshold=0.5).save_pretrained(tmp_path / "models/detector")
+    sizes = {name: transformer[name] for name in ("widths", "encoder_layers", "decoder_layers", "people")}
+    PoseTransformer(**sizes, threshold=0.5).save_pretrained(tmp_path / "models/transformer")
     AttributeClassifier(attributes=ATTRIBUTES, widths=classifier.widths).save_pretrained(tmp_path / "models/classifier")
     export(tmp_path / "trained", tmp_path / "models/marionette")
 

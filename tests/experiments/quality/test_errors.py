@@ -6,7 +6,7 @@ import pytest
 from data_prep.prepare import build
 from experiments.quality.errors import errors
 from rg.data.shards import read_shards
-from rg.detectors.keypoints import MIRROR
+from rg.detectors.detection import MIRROR
 from rg.points import KEYPOINTS
 
 
@@ -18,15 +18,18 @@ def test_swapped_sides_are_told_from_other_errors(tmp_path: Path):
     }
     build(root=str(tmp_path / "data"), shard_size=2, split="test", n=2, **recipe)
     settings = {"data": {"root": str(tmp_path / "data")}, "split": "test", "images": 2, "alphas": [0.1]}
+    settings["world"] = {"judges": ["one", "other"]}
     (tmp_path / "settings.json").write_text(json.dumps({"settings": settings}))
     (tmp_path / "samples").mkdir()
     keypoints = read_shards(tmp_path / "data" / "test", 2).keypoints[:, 0, :, :2]
     # The first image is right, the second one right but for its sides.
     for number, points in enumerate([keypoints[0], keypoints[1, list(MIRROR)]]):
         scores = {"pck": {box: {"0.1": 0.5} for box in ("target", "predicted")}, "confidence": 0.5, "present": True}
-        scores |= {"points": [points.tolist()]}
+        right, wrong = (scores | {"oks": 0.5, "points": [p.tolist()]} for p in (points, points + 1000))
         record = {"position": number, "prompt": "", "seconds": {"unguided": 1.0, "guided": 1.0}}
-        record |= dict.fromkeys(("unguided", "guided", "ceiling"), scores)
+        conditions = ("unguided", "guided", "ceiling")
+        record["judges"] = {"one": dict.fromkeys(conditions, right), "other": dict.fromkeys(conditions, wrong)}
+        record["agreement"] = {"other": {key: {"same": {"0.1": 0.0}, "distance": None} for key in conditions}}
         (tmp_path / "samples" / f"{number:05d}.json").write_text(json.dumps(record))
     path = tmp_path / "samples" / "00001.json"
     whole = path.read_text()
@@ -34,7 +37,8 @@ def test_swapped_sides_are_told_from_other_errors(tmp_path: Path):
     with pytest.raises(ValueError, match=rf"^{path}: .*\(1, .*\(0, "):
         errors(tmp_path)
     path.write_text(whole)
-    text = errors(tmp_path, alpha=0.01)
+    text, other = errors(tmp_path, alpha=0.01).split("## other")
+    assert "100.0% of the visible keypoints are wrong; 0% of these" in other
     assert "100% of these would be right with left and right swapped" in text
     assert "50% of the people have 90 % of their keypoints right" in text
     assert all(name.replace("_", " ") in text for name in KEYPOINTS)

@@ -18,7 +18,7 @@ def test_raw_features_stand_side_by_side_at_the_size_of_the_readout():
 def test_turned_heads_are_scored_apart():
     first = torch.eye(8).view(1, 8, 2, 4)
     maps = torch.stack([first, first.roll(1, -1)], 1).expand(3, -1, -1, -1, -1)
-    right, wrong = [[[1.5, 1.5, 1], [5.5, 1.5, 1]]], [[[1.5, 1.5, 1], [9.5, 5.5, 1]]]
+    right, wrong = [[[1.5, 1.5, 1], [5.5, 1.5, 1]]], [[[1.5, 1.5, 1], [9.5, 1.5, 1]]]
     far = [[[5.5, 5.5, 1], [9.5, 5.5, 1]]]
     points = torch.tensor([right + far, wrong + far, right + far])
     batch = {"points": points, "image": torch.zeros(3, 2, 3, 8, 16), "turn": torch.tensor([25.0, 30.0, float("nan")])}

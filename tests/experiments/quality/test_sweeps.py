@@ -47,7 +47,9 @@ def add_run(folder: Path, overrides: list[str], guided: float) -> None:
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
     row = {name: {"mean": mean} for name, mean in (("unguided", 0.1), ("guided", guided), ("ceiling", 0.9))}
     confidence = {name: {"mean": 0.5} for name in row}
-    (folder / "results.json").write_text(json.dumps({"pck": {"0.1": row}, "confidence": confidence, "images": 32}))
+    judges = {"a": {"pck": {"0.1": row}, "confidence": confidence}}
+    judges["b"] = {"pck": {"0.1": {**row, "guided": {"mean": 0.3}}}, "confidence": confidence}
+    (folder / "results.json").write_text(json.dumps({"judges": judges, "images": 32}))
 
 
 def test_runs_come_best_first_without_what_they_share(tmp_path: Path):
@@ -65,6 +67,8 @@ def test_runs_come_best_first_without_what_they_share(tmp_path: Path):
         "| unguided",
         "| ceiling",
     ]
+    assert lines[2] == "| settings | PCK@0.1 (a) | confidence (a) | PCK@0.1 (b) | confidence (b) | images |"
+    assert lines[4].endswith("| 0.800 | 0.500 | 0.300 | 0.500 | 32 |")
 
 
 def test_damaged_results_are_one_line(tmp_path: Path):
@@ -91,7 +95,7 @@ def test_damaged_or_different_runs_are_named(sweep: Path):
     results = sweep / "b" / "results.json"
     results.write_text(results.read_text().replace('"0.1": {', '"0.2": {'))
     words.write_text("[]")
-    with pytest.raises(ValueError, match=rf"{results}: pck: .*0\.1.*0\.2"):
+    with pytest.raises(ValueError, match=rf"{results}: judges: .*0\.1.*0\.2"):
         evaluation_table(sweep)
     log = sweep / "2026-0" / "csv/version_0/metrics.csv"
     log.write_text("step,val/pck@0.1_t50\n1,x\n")

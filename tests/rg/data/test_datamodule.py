@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rg.data.datamodule import ReadoutDataModule, ResumableSampler, ShuffledEpochs
 from rg.data.samples import DataError
-from rg.data.shards import read_shards
+from rg.data.shards import Manifest, read_shards
 
 SETTINGS = {"size": 12, "val_size": 5, "batch_size": 4, "epoch_batches": 5}
 
@@ -234,3 +234,12 @@ def test_what_was_dealt_is_said(root, caplog):
     with caplog.at_level("INFO"):
         ReadoutDataModule(root=str(root), **SETTINGS).setup("fit")
     assert "12 to train, 5 to validate" in caplog.text
+
+
+def test_who_labelled_is_read_from_the_manifest(root):
+    data = ReadoutDataModule(root=str(root), **SETTINGS)
+    assert data.labelled_by() is None
+    manifest = Manifest.read(root / "train")
+    manifest.settings["annotator"] = {"_target_": "data_prep.annotators.pose.openpose.OpenPose", "side": 368}
+    manifest.write(root / "train")
+    assert data.labelled_by() == "OpenPose"

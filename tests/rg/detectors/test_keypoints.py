@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rg.detectors.keypoints import MARGIN, MIRROR, KeypointDetector, PersonDetector
+from rg.detectors.detection import MIRROR
+from rg.detectors.keypoints import MARGIN, KeypointDetector, PersonDetector
 from rg.points import KEYPOINTS
 
 SHIPPED = Path(__file__).parents[3] / "rg/models/detector"

@@ -164,11 +164,12 @@ def test_a_step_down_the_gradient_lowers_the_energy(make_head):
 
 def test_save_and_load(make_head, tmp_path):
     head = make_head().eval()
+    head.labelled_by = "OpenPose"
     features = make_features(head)
     head.save_pretrained(tmp_path / "full")
     assert {path.name for path in (tmp_path / "full").iterdir()} == {"head.json", "head.safetensors"}
     for loaded in (type(head).from_pretrained(tmp_path / "full"), load_head(tmp_path / "full")):
-        assert type(loaded) is type(head) and not loaded.training
+        assert type(loaded) is type(head) and not loaded.training and loaded.labelled_by == "OpenPose"
         assert not any(parameter.requires_grad for parameter in loaded.parameters())
         assert torch.equal(loaded(*features), head(*features))
         assert {k: v for k, v in loaded.hparams.items() if k != "val_timesteps"} == {

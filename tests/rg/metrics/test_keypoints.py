@@ -1,6 +1,8 @@
+import importlib
 import math
 import re
 import time
+from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
 
@@ -8,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rg.metrics.keypoints import PCK, box_side, match_people, measurable, pck
-from rg.metrics.statistics import kernel_distance, paired_gain, student_quantile
+from rg.metrics.keypoints import PCK, box_side, box_sides, match_people, measurable, oks, pck
+from rg.metrics.statistics import cmmd, kernel_distance, paired_gain, student_quantile
+from rg.points import KEYPOINTS
 
 # Two images, four keypoints; the boxes of the visible ones have sides 20 and 10.
 TARGET = torch.tensor([[[0, 0], [20, 0], [0, 10], [90, 90]], [[5, 5], [15, 5], [5, 9], [15, 9]]]).float()
@@ -17,6 +20,13 @@ VISIBLE = torch.tensor([[True, True, True, False], [True, True, True, True]])
 MOVED = torch.tensor([[[1, 0], [20, 2], [5, 10], [0, 0]], [[5, 5], [15, 6], [5, 11], [18, 9]]]).float()
 # Distances: 1, 2, 5 of box 20; 0, 1, 2, 3 of box 10.
 SHARES = {0.05: (1 / 3, 1 / 4), 0.1: (2 / 3, 2 / 4), 0.2: (2 / 3, 3 / 4)}
+
+# COCO's keypoints in its order.
+COCO_KEYPOINTS = (
+    *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder"),
+    *("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip"),
+    *("left_knee", "right_knee", "left_ankle", "right_ankle"),
+)
 
 
 def random_images(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -257,3 +267,66 @@ def test_kernel_distance_is_unbiased() -> None:
     ]
     expected = (1 + 3 / d) + ((1 + s) ** 3 + 3 * (1 + s) * (1 + 2 * s) / d + 6 * s / d**2) - 2 * (1 + 3 * (1 + s) / d)
     assert sum(apart) / 100 == pytest.approx(expected, rel=0.05)
+
+
+def coco_poses() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """predicted, target, visible and areas of the boxes around the visible ones of the 17 that COCO has."""
+    predicted, target, visible, _ = random_images(6, seed=3)
+    visible[:, 1] = False
+    return predicted, target, visible, box_sides(target, visible).prod(-1)
+
+
+def test_similarity_is_coco_s_formula() -> None:
+    target = torch.zeros(1, 18, 2)
+    visible = torch.zeros(1, 18, dtype=torch.bool)
+    visible[0, [0, 2, 8]] = True  # nose, right shoulder, right hip
+    predicted = target.clone()
+    predicted[0, [0, 2, 8], 0] = torch.tensor([0.026, 0.158, 0.428]) * 20  # half, one and two of 2 sigma, by 20 pixels
+    predicted[0, 3] = 1e4  # hidden
+    area = torch.tensor([400.0])
+    expected = (math.exp(-1 / 8) + math.exp(-1 / 2) + math.exp(-2)) / 3
+    assert oks(predicted, target, visible, area).item() == pytest.approx(expected, rel=1e-5)
+    # COCO has no neck.
+    visible[0, 1] = True
+    predicted[0, 1] = torch.inf
+    assert oks(predicted, target, visible, area).item() == pytest.approx(expected, rel=1e-5)
+    visible[:] = False
+    visible[0, 1] = True
+    with pytest.raises(ValueError, match=r"OKS .*\[0\]"):
+        oks(predicted, target, visible, area)
+
+
+def test_similarity_agrees_with_coco_s_own_evaluation() -> None:
+    name = next((name for name in ("pycocotools", "faster_coco_eval.core") if find_spec(name.split(".")[0])), None)
+    if name is None:
+        pytest.skip("neither pycocotools nor faster-coco-eval is installed")
+    coco, cocoeval = (importlib.import_module(f"{name}.{part}") for part in ("coco", "cocoeval"))
+    predicted, target, visible, area = coco_poses()
+    own = [KEYPOINTS.index(word) for word in COCO_KEYPOINTS]
+    truth, found = coco.COCO(), []
+    for i in range(len(target)):
+        points = torch.cat([target[i], 2.0 * visible[i][:, None]], -1)[own]
+        truth.dataset.setdefault("annotations", []).append(
+            {"id": i + 1, "image_id": i, "category_id": 1, "iscrowd": 0, "num_keypoints": int(visible[i].sum())}
+            | {"area": float(area[i]), "bbox": [0, 0, 64, 64], "keypoints": points.flatten().tolist()}
+        )
+        points = torch.cat([predicted[i], torch.ones(18, 1)], -1)[own]
+        found.append({"image_id": i, "category_id": 1, "score": 1.0, "keypoints": points.flatten().tolist()})
+    truth.dataset |= {"images": [{"id": i} for i in range(len(target))], "categories": [{"id": 1, "name": "person"}]}
+    truth.dataset["info"] = {}
+    truth.createIndex()
+    evaluation = cocoeval.COCOeval(truth, truth.loadRes(found), "keypoints")
+    evaluation._prepare()
+    theirs = [float(evaluation.computeOks(i, 1)[0, 0]) for i in range(len(target))]
+    assert oks(predicted, target, visible, area).tolist() == pytest.approx(theirs, rel=1e-4)
+
+
+def test_cmmd_is_the_published_formula() -> None:
+    a, b = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    # Squared distances: 0 and 2 within a, 0 and 4 within b; between them 0, 4, 2, 2; sigma = 10, 2 sigma^2 = 200.
+    within = (1 + math.exp(-0.01)) / 2 + (1 + math.exp(-0.02)) / 2
+    between = (1 + math.exp(-0.02) + 2 * math.exp(-0.01)) / 4
+    assert cmmd(a, b) == pytest.approx(1000 * (within - 2 * between), rel=1e-6)
+    assert cmmd(a, a.flip(0)) == pytest.approx(0, abs=1e-9) and cmmd(b, a) == pytest.approx(cmmd(a, b))
+    with pytest.raises(ValueError, match=r"N, M >= 2, got \(2, 2\) and \(1, 2\)"):
+        cmmd(a, b[:1])

@@ -4,20 +4,11 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.marionette.judges.data import Renders, make_renders
-from experiments.marionette.judges.detector import (
-    Batch,
-    accuracy,
-    choose_threshold,
-    detection_loss,
-    draw_batch,
-    is_present,
-    person_loss,
-    run,
-)
+from experiments.marionette.judges.data import Renders, is_present, make_renders
+from experiments.marionette.judges.detector import Batch, detection_loss, draw_batch, person_loss, run
 from experiments.marionette.judges.training import train
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.detectors.keypoints import Detection, KeypointDetector, boxes_around, overlap
+from rg.detectors.keypoints import KeypointDetector, boxes_around, overlap
 
 
 def batch(n: int = 8, size: int = 16) -> tuple[Renders, Batch]:
@@ -98,20 +89,6 @@ def test_person_loss_gives_each_cell_to_the_nearest_person() -> None:
     scores = torch.full((1, 8, 8), -10.0)
     scores[0, 3, [1, 6]] = 10.0
     assert person_loss(scores, boxes, target, torch.ones(1, 2, dtype=torch.bool)) < 1e-3
-
-
-def test_threshold_lies_between_people_and_nobody() -> None:
-    assert choose_threshold(torch.linspace(0.7, 0.9, 101), torch.linspace(0, 0.1, 101)) == pytest.approx(0.4, abs=0.01)
-    # Where they overlap, people go first.
-    assert choose_threshold(torch.full((9,), 0.3), torch.full((9,), 0.5)) == pytest.approx(0.3)
-
-
-def test_accuracy_matches_people_whatever_their_score() -> None:
-    keypoints = torch.rand(1, 2, 18, 3) * 20 + torch.tensor([0.0, 40.0])[:, None, None]
-    points = keypoints[:, [1, 0], :, :2].clone()
-    points[:, 0, :9] += 1000
-    found = Detection(points, torch.ones(1, 2, 18), torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool))
-    assert accuracy(found, keypoints, True) == [0.75] * 3
 
 
 @pytest.mark.slow
