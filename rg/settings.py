@@ -34,6 +34,10 @@ Row = Annotated[list[Number], Field(min_length=4, max_length=4)]
 # What stands beside a `_target_`'s arguments: which trained head an experiment steers with.
 BESIDE = ("head.path",)
 
+# Below these any name may be added: a pipeline is loaded before it can say what it takes; judges and methods of one's
+# own have names of one's own.
+FREE = ("sampling", "methods", "world.detectors")
+
 # What is always a call.
 CALLS = ("world.backbone", "data.builder")
 
@@ -56,7 +60,8 @@ TYPES: dict[str, Any] = {
         Count,
     ),
     **dict.fromkeys(("together", "parts", "sheet_images", "held_out", "pictures.train", "workers", "tries"), Count),
-    "tokens": Count,
+    **dict.fromkeys(("tokens", "rounds"), Count),
+    "length": Positive,
     **dict.fromkeys(
         ("size", "val_size", "val_batch_size", "available", "n", "height", "width", "threads"), Count | None
     ),
@@ -102,6 +107,7 @@ TYPES: dict[str, Any] = {
     "terms": Annotated[list[Any], Field(min_length=1)],
     ".models": Words | Word | None,
     ".heads": list[Word] | dict[str, Word],
+    "heads": dict[str, Number],
     ".world": Word,
 }
 TEXTS = (Word, Word | None, str | None, TYPES["negative_prompt"])
@@ -138,8 +144,7 @@ def check(cfg: DictConfig, added: Sequence[str] = (), removed: Sequence[str] = (
     for name in added:
         parent, _, key = name.rpartition(".")
         holder = OmegaConf.select(cfg, parent) if parent else cfg
-        # A pipeline is loaded before it can say what it takes; judges of one's own have names of one's own.
-        if parent not in ("sampling", "world.detectors") and "_target_" not in (holder or {}) and type_of(name) is None:
+        if parent not in FREE and "_target_" not in (holder or {}) and type_of(name) is None:
             others = [other for other in known if other not in added]
             raise ValueError(f"{name}: no such setting; {near(name, others)}")
     for name in removed:
