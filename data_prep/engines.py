@@ -20,8 +20,9 @@ from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from queue import SimpleQueue
+from shutil import which
 from threading import Lock, Thread
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
@@ -254,7 +255,7 @@ class Slurm(_Minded):
         tries: how often a task is begun whose job is killed, preempted or out of time.
         threads: of torch in each, and CPUs that are asked for.
         folder: what jobs say and answer.
-        cluster: None: Slurm; "local": processes of this machine instead.
+        cluster: "slurm", or "local" for processes of this machine instead.
         parameters: of submitit's AutoExecutor, such as timeout_min, mem_gb, gpus_per_node and slurm_partition.
     """
 
@@ -265,10 +266,12 @@ class Slurm(_Minded):
         tries: int = 3,
         threads: int = 1,
         folder: str = "outputs/slurm",
-        cluster: str | None = None,
+        cluster: Literal["slurm", "local"] = "slurm",
         parameters: Mapping[str, Any] | None = None,
     ) -> None:
         _require("submitit", "slurm")
+        if cluster == "slurm" and which("srun") is None:
+            raise DataError("engine.cluster=slurm: expected its command srun on this machine, found none")
         _check(workers=workers, tries=tries, threads=threads)
         self.workers, self.tries, self.threads = workers, tries, threads
         self.folder, self.cluster, self.parameters = folder, cluster, dict(parameters or {})

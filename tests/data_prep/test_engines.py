@@ -180,3 +180,10 @@ def test_a_missing_package_is_one_line(engine, package, monkeypatch):
     extra = {"ray": "ray", "submitit": "slurm"}[package]
     with pytest.raises(DataError, match=rf"engine={extra}: .*{package}.*pip install 'readout-guidance\[{extra}\]'"):
         engine()
+
+
+def test_slurm_is_looked_for_before_any_work(monkeypatch, tmp_path):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match=r"engine\.cluster=slurm: .*srun.* none"):
+        Slurm()
