@@ -26,14 +26,14 @@ from rg.data.shards import read_shards
 from rg.detectors.clip import ClipFeatures
 from rg.detectors.detection import Detector
 from rg.generation import check_sampling, generate, image_seeds, image_size, per_image, set_scheduler
-from rg.guidance.guidance import GuidanceTerm
+from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
 from rg.io.figures import image_grid, save_figure
 from rg.io.files import write_json, write_text
 from rg.io.images import from_bytes, open_saved, pixels, save_image
 from rg.metrics.keypoints import check_alphas, measurable
-from rg.points import draw_skeletons
+from rg.points import Size, draw_skeletons
 from rg.report import (
     CONDITIONS,
     agreements,
@@ -242,7 +242,7 @@ class Evaluation:
         made, seconds = {}, {}
         for condition, steering in (("unguided", None), ("guided", guidance)):
             begin = time.perf_counter()
-            made[condition] = generate(self.backbone.pipeline, prompts, guidance=steering, **arguments)
+            made[condition] = self.make(prompts, steering, positions, arguments)
             seconds[condition] = (time.perf_counter() - begin) / len(positions)
         made["ceiling"] = self.backbone.decode(torch.stack([sample["latent_mean"] for sample in batch])).cpu()
         readouts = None
@@ -284,6 +284,16 @@ class Evaluation:
         }
         return scores, same
 
+    def make(
+        self,
+        prompts: Sequence[str],
+        guidance: ReadoutGuidance | None,
+        positions: Sequence[int],
+        arguments: Mapping[str, Any],
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of the prompts of `positions`, guided or not; see `generate`."""
+        return generate(self.backbone.pipeline, prompts, guidance=guidance, **arguments)
+
     def images(self, condition: str, count: int | None = None) -> Tensor:
         """Saved images of a condition: (N, 3, H, W) in [-1, 1]."""
         return torch.stack([self.image(i, condition) for i in range(len(self.samples))[:count]])
@@ -291,7 +301,11 @@ class Evaluation:
     def image(self, position: int, condition: str) -> Tensor:
         """A saved image: (3, H, W) in [-1, 1], of the backbone's resolution, a readout of its own."""
         size = self.backbone.resolution if condition in CONDITIONS else None
-        return from_bytes(pixels(open_saved(self.image_path(position, condition), size)))
+        return self.read_image(self.image_path(position, condition), size)
+
+    def read_image(self, path: Path, size: Size | None = None) -> Tensor:
+        """A saved image: (3, H, W) in [-1, 1]; raises ValueError where it is of another size than asked for."""
+        return from_bytes(pixels(open_saved(path, size)))
 
     def grid(self, count: int = 10) -> Any:
         """Target pose, image it came from, unguided, guided, readout during guidance, detected pose."""

@@ -49,12 +49,10 @@ def running_call(pipe: DiffusionPipeline) -> Call:
     return Call(given.get("num_images_per_prompt") or 1, size, scale, given.get("eta") or 0.0)
 
 
-def check_call(pipe: DiffusionPipeline, call: Call, update: str, *, moves: str, repeats: bool) -> None:
+def check_call(pipe: DiffusionPipeline, update: str, *, moves: str, repeats: bool = False) -> None:
     """Raises ValueError when a running call has arguments that guidance has no rule for."""
     if getattr(pipe, "guidance_rescale", 0.0) > 0 and (moves == "output" or repeats):
         what = f"it would rescale the {update} update too" if moves == "output" else "repeated steps do not know it"
         raise ValueError(f"guidance_rescale: {what}; expected 0.0")
-    if update == "dsg" and not call.eta:
-        raise ValueError("eta: update=dsg turns the noise that the scheduler adds; expected above 0, got 0")
     if getattr(pipe, "do_perturbed_attention_guidance", False):
         raise ValueError(f"pag_scale: expected 0, got {pipe.pag_scale}: perturbed attention adds a third branch")

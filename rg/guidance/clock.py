@@ -82,11 +82,12 @@ class Images:
         return ~self.settled
 
     def in_units(self, gradient: Tensor) -> Tensor:
-        """A gradient (B, C, h, w) over the RMS of each image's first one: of RMS 1 at first, and as it changes after.
+        """A gradient g (B, C, h, w) over sqrt(RMS(g) RMS(g_1)), of each image and its first one, g_1.
 
-        Without a unit, then, whatever head, weight, number of latents and precision the energy comes from; and still
-        smaller where the energy is lower.
+        Without a unit, then, whatever head, weight, number of latents and precision the energy comes from: of RMS 1 at
+        first, and later sqrt(RMS(g) / RMS(g_1)). Over RMS(g) alone a step would be as long where nothing is left to be
+        done; over RMS(g_1) alone heads whose gradient falls fast would hardly steer.
         """
         size = gradient.flatten(1).square().mean(1).sqrt()
         self.size = size if self.size is None else torch.where(self.size > 0, self.size, size)
-        return gradient / self.size.clamp_min(1e-12).view(-1, 1, 1, 1)
+        return gradient / (size * self.size).sqrt().clamp_min(1e-30).view(-1, 1, 1, 1)

@@ -65,8 +65,9 @@ class ReadoutGuidance:
             velocity, "activation" its features. With settings of the rule's own: functools.partial(dsg, share=0.2).
         strength: without a unit: 0 does nothing, 1 is the rule's default, 2 too much.
         readout_scale: of the score rule, in the unit of the energy: the noise prediction gets
-            strength * readout_scale * sqrt(1 - abar_t) * gradient. None: the gradient counts relative to each image's
-            first one, so that a strength means the same for all heads, sizes and numbers of steps.
+            strength * readout_scale * sqrt(1 - abar_t) * gradient. None: the gradient is taken relative to each
+            image's first one (rg.guidance.clock.Images.in_units), so that a strength means the same for all heads,
+            sizes and numbers of steps.
         learning_rate: of the adam rule.
         normalize: of the score rule; "rms": the gradient is first scaled to the RMS of the noise prediction, image by
             image and step by step, readout_scale (None: 1) is a multiple of that.

@@ -112,7 +112,9 @@ class GuidedStep:
         """Raises ValueError when the call or the scheduler, which may be another by now, cannot be guided."""
         guidance = self.guidance
         guidance.trace.clear()
-        check_call(self.pipe, call, guidance.update, moves=guidance.rule.moves, repeats=guidance.repeats is not None)
+        check_call(self.pipe, guidance.update, moves=guidance.rule.moves, repeats=guidance.repeats is not None)
+        if guidance.update == "dsg" and not call.eta:
+            raise ValueError("eta: update=dsg turns the noise that the scheduler adds; expected above 0, got 0")
         check_scheduler(self.pipe.scheduler, guidance.update, repeats=guidance.repeats is not None)
         if guidance.joins_scheduler and self.pipe.scheduler is not self.scheduler:
             what = f"update={guidance.update}" if guidance.rule.joins_scheduler else "repeats"
@@ -230,7 +232,7 @@ class RecordedStep:
         call = running_call(self.pipe)
         if self.clock.advance(timestep):
             self.guidance.trace.clear()
-            check_call(self.pipe, self.guidance.update)
+            check_call(self.pipe, self.guidance.update, moves=self.guidance.rule.moves)
             for term in terms:
                 term.target.clear()
         if not self.clock.is_within(self.guidance.start, self.guidance.stop):

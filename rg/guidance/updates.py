@@ -10,7 +10,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-# What strength 1 of the score rule is: times the noise prediction's RMS, at an image's first gradient.
+# What strength 1 of the score rule is: times the noise prediction's RMS, which is 1, at an image's first gradient.
 UNIT = 1.5
 
 

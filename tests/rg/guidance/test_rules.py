@@ -106,7 +106,7 @@ def ddim(x, noise, abar, after):
 def steered(rule, x, abar, after, first):
     """One step of a rule on Gaussian data with the energy |x - CENTRE|^2 / 2, without the scheduler's own noise."""
     g = x - CENTRE
-    unit = g / first.view(-1, 1, 1, 1)
+    unit = g / (first * g.flatten(1).square().mean(1).sqrt()).sqrt().view(-1, 1, 1, 1)
     noise = noise_of(x, abar)
     if rule == "score":
         noise = noise + UNIT * (1 - abar).sqrt() * unit
@@ -218,7 +218,7 @@ def test_a_gradient_is_measured_by_each_images_first():
     torch.testing.assert_close(first[:2].flatten(1).square().mean(1), torch.ones(2, dtype=torch.float64))
     assert not first[2].any()
     later = images.in_units(torch.stack([0.5 * G[0], 50 * G[1], G[2]]))
-    torch.testing.assert_close(later[:2], first[:2] / 2)
+    torch.testing.assert_close(later[:2], first[:2] / 2**0.5)
     torch.testing.assert_close(later[2].square().mean(), torch.ones((), dtype=torch.float64))
 
 
