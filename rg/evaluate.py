@@ -33,6 +33,7 @@ from rg.io.figures import image_grid, save_figure
 from rg.io.files import write_json, write_text
 from rg.io.images import from_bytes, open_saved, pixels, save_image
 from rg.metrics.keypoints import check_alphas, measurable
+from rg.metrics.words import fidelity
 from rg.points import Size, draw_skeletons
 from rg.report import (
     CONDITIONS,
@@ -41,6 +42,7 @@ from rg.report import (
     headline,
     read_record,
     score_images,
+    share_of_words,
     summarise,
     table,
 )
@@ -128,6 +130,7 @@ class Evaluation:
         self.backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
         self.head.check_taps(self.backbone.tap_channels, self.backbone.time_embed_dim, self.backbone.condition_dim)
         self.head.to(self.backbone.device)
+        self.classifier = None if cfg.world.classifier is None else instantiate(cfg.world.classifier)
         set_scheduler(self.backbone.pipeline, cfg.scheduler)
         self.sampling = check_sampling(self.backbone, cfg.sampling)
         made, seen = image_size(self.backbone, cfg.sampling), self.backbone.resolution
@@ -179,6 +182,7 @@ class Evaluation:
         results = summarise(records, self.cfg.alphas, [*self.judges])
         results["left_out"], results["labeller"] = self.left_out, self.labeller
         results |= self.distances()
+        results["words"] = self.words([record["prompt"] for record in records])
         results["seconds"] = {c: sum(r["seconds"][c] for r in records) for c in ("unguided", "guided")}
         results["command"] = shlex.join(["python", "-m", "rg.evaluate", *sys.argv[1:]])
         write_text(self.run_dir / "table.md", table(results))
@@ -204,6 +208,16 @@ class Evaluation:
             "kernel_distance": None if embed is None else distances_to(own, images, embed),
             "cmmd": None if self.clip is None else distances_to(own, images, self.clip.embed, clip=True),
         }
+
+    def words(self, prompts: Sequence[str]) -> dict[str, dict[str, float]] | None:
+        """In which share of a condition's images shirt and trousers are as asked for; None where nobody reads them.
+
+        The samples' own images show other prompts: there is no ceiling.
+        """
+        if self.classifier is None:
+            return None
+        read = {condition: self.classifier.read(self.images(condition)) for condition in ("unguided", "guided")}
+        return share_of_words({condition: fidelity(found, prompts) for condition, found in read.items()})
 
     def read(self, position: int) -> dict[str, Any]:
         """The record of a position whose images are all there; raises ValueError where a file of it is damaged."""

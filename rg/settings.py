@@ -94,6 +94,7 @@ TYPES: dict[str, Any] = {
     ".resume": bool | Literal["unfinished"],
     **dict.fromkeys(("_partial_", "_recursive_"), bool),
     "_convert_": Literal["none", "partial", "object", "all"],
+    "world.classifier": None,
     "split": Literal["train", "val", "search", "test"],
     "noise": Literal["new", "reference"],
     "update": Literal["score", "adam", "dsg", "freedom", "mpgd", "velocity_norm", "activation"],

@@ -16,7 +16,6 @@ from rich.progress import track
 from experiments.rules.cells import Cell, Measured, measure
 from experiments.rules.table import pareto, rows, table
 from rg.cli import claimed, command, compose_config
-from rg.detectors import AttributeClassifier
 from rg.io.figures import save_figure
 from rg.io.files import write_text
 
@@ -64,14 +63,13 @@ def choices(cfg: DictConfig) -> Iterator[Choice]:
 def run(cfg: DictConfig) -> str:
     """Runs what is missing, draws pareto.png, and returns the table."""
     planned = list(choices(cfg))  # whatever does not compose is said before any image is made
-    classifier = AttributeClassifier.from_pretrained("classifier")
     found: dict[tuple[str, float], list[Measured]] = {}
     for choice in track(planned, description="rules", disable=len(planned) < 2):
         found[choice.rule, choice.strength] = measured = []
         for number, cell in enumerate(choice.cells):
             plain = Path(planned[0].cells[number].run_dir)
             with claimed(Path(cell.run_dir)):
-                measured.append(measure(Cell(cell, Path(cell.run_dir), plain), classifier))
+                measured.append(measure(Cell(cell, Path(cell.run_dir), plain)))
     lines = rows(found, (cfg.default, 1.0))
     save_figure(pareto(lines), Path(cfg.out) / "pareto.png")
     return table(lines)

@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from rg.backbone.denoiser import denoiser_of, taps
-from rg.detectors import AttributeClassifier
 from rg.evaluate import Evaluation
 from rg.guidance.guidance import ReadoutGuidance
 from rg.io.files import read_json, write_json
@@ -84,7 +83,7 @@ def counted(denoiser: nn.Module) -> Iterator[Counter[str]]:
         handle.remove()
 
 
-def measure(cell: Cell, classifier: AttributeClassifier) -> Measured:
+def measure(cell: Cell) -> Measured:
     """Runs a cell, as far as it is missing, and measures it."""
     results = cell.run()
     records = [cell.read(position) for position in range(len(cell.samples))]
@@ -92,7 +91,9 @@ def measure(cell: Cell, classifier: AttributeClassifier) -> Measured:
     scores = {condition: pck_of(records, condition) for condition in CONDITIONS}
     prompts = [record["prompt"] for record in records]
     for condition in CONDITIONS:
-        scores[condition]["words"] = fidelity(classifier.read(images[condition]), prompts)
+        read = None if cell.classifier is None else cell.classifier.read(images[condition])
+        nobody = torch.full((len(prompts),), float("nan"))
+        scores[condition]["words"] = nobody if read is None else fidelity(read, prompts)
     seconds = {condition: value / len(records) for condition, value in results["seconds"].items()}
     calls = read_json(cell.run_dir / "calls.json")
     return Measured(scores, images, results["kernel_distance"] or {}, calls, seconds)
