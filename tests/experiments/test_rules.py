@@ -7,9 +7,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from experiments.rules.__main__ import choices, run
-from experiments.rules.cells import Measured, counted, pck_of
-from experiments.rules.table import diversity, pareto, rows, table
+from experiments.comparison.cells import Measured, counted, pck_of
+from experiments.comparison.table import diversity, pareto, rows, table
+from experiments.rules import choices, run
 from rg.cli import compose_config
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.io.figures import save_figure

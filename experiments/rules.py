@@ -13,8 +13,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.progress import track
 
-from experiments.rules.cells import Cell, Measured, measure
-from experiments.rules.table import pareto, rows, table
+from experiments.comparison.cells import Cell, Measured, measure
+from experiments.comparison.table import pareto, rows, table
 from rg.cli import claimed, command, compose_config
 from rg.io.figures import save_figure
 from rg.io.files import write_text

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.rules.cells import Measured
+from experiments.comparison.cells import Measured
 from rg.io.figures import curves
 from rg.metrics.statistics import paired_gain
 
