@@ -33,6 +33,8 @@ Row = Annotated[list[Number], Field(min_length=4, max_length=4)]
 
 # What stands beside a `_target_`'s arguments: which trained head an experiment steers with.
 BESIDE = ("head.path",)
+# What may be a plain value or a call: a rule by name or with settings of its own, no repeats or some.
+OR_CALLS = ("guidance.update", "guidance.repeats")
 
 # What is always a call.
 CALLS = ("world.backbone", "data.builder")
@@ -234,7 +236,7 @@ def _check_node(node: Any, path: str) -> None:
         kind = type_of(name)
         if name in CALLS and not (isinstance(value, dict) and "_target_" in value):
             raise ValueError(f"{name}: expected {{_target_: module.name, ...}}, found {json.dumps(value)}")
-        if isinstance(value, dict) and "_target_" in value and kind not in (None, Word):
+        if isinstance(value, dict) and "_target_" in value and kind not in (None, Word) and name not in OR_CALLS:
             raise ValueError(f"{name}: expected a plain value, found a call of {value['_target_']}")
         if _has_calls(value) or (isinstance(value, dict) and kind in (None, Word)):
             _check_node(value, name)

@@ -47,6 +47,9 @@ class Cell(Evaluation):
         super().__init__(cfg, run_dir)
         self.plain = plain / "samples"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cell, (*super().__reduce__()[1], self.plain.parent)
+
     def make(
         self,
         prompts: Sequence[str],
