@@ -33,9 +33,8 @@ Row = Annotated[list[Number], Field(min_length=4, max_length=4)]
 
 # What stands beside a `_target_`'s arguments: which trained head an experiment steers with.
 BESIDE = ("head.path",)
-# What may be a plain value or a call: a rule by name or with settings of its own, no repeats or some.
-OR_CALLS = ("guidance.update", "guidance.repeats")
-
+# What may be a plain value or a call: a rule by name or with settings of its own, none or one of the others.
+OR_CALLS = ("guidance.update", "guidance.repeats", "world.classifier")
 # What is always a call.
 CALLS = ("world.backbone", "data.builder")
 
@@ -96,7 +95,7 @@ TYPES: dict[str, Any] = {
     ".resume": bool | Literal["unfinished"],
     **dict.fromkeys(("_partial_", "_recursive_"), bool),
     "_convert_": Literal["none", "partial", "object", "all"],
-    "world.classifier": None,
+    "world.classifier": dict[str, Any] | None,
     "split": Literal["train", "val", "search", "test"],
     "noise": Literal["new", "reference"],
     "update": Literal["score", "adam", "dsg", "freedom", "mpgd", "velocity_norm", "activation"],
