@@ -26,14 +26,15 @@ from rg.data.shards import read_shards
 from rg.detectors.clip import ClipFeatures
 from rg.detectors.detection import Detector
 from rg.generation import check_sampling, generate, image_seeds, image_size, per_image, set_scheduler
-from rg.guidance.guidance import GuidanceTerm
+from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
 from rg.io.figures import image_grid, save_figure
 from rg.io.files import write_json, write_text
 from rg.io.images import from_bytes, open_saved, pixels, save_image
 from rg.metrics.keypoints import check_alphas, measurable
-from rg.points import draw_skeletons
+from rg.metrics.words import fidelity
+from rg.points import Size, draw_skeletons
 from rg.report import (
     CONDITIONS,
     agreements,
@@ -41,6 +42,7 @@ from rg.report import (
     headline,
     read_record,
     score_images,
+    share_of_words,
     summarise,
     table,
 )
@@ -128,6 +130,7 @@ class Evaluation:
         self.backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
         self.head.check_taps(self.backbone.tap_channels, self.backbone.time_embed_dim, self.backbone.condition_dim)
         self.head.to(self.backbone.device)
+        self.classifier = None if cfg.world.classifier is None else instantiate(cfg.world.classifier)
         set_scheduler(self.backbone.pipeline, cfg.scheduler)
         self.sampling = check_sampling(self.backbone, cfg.sampling)
         made, seen = image_size(self.backbone, cfg.sampling), self.backbone.resolution
@@ -179,6 +182,7 @@ class Evaluation:
         results = summarise(records, self.cfg.alphas, [*self.judges])
         results["left_out"], results["labeller"] = self.left_out, self.labeller
         results |= self.distances()
+        results["words"] = self.words([record["prompt"] for record in records])
         results["seconds"] = {c: sum(r["seconds"][c] for r in records) for c in ("unguided", "guided")}
         results["command"] = shlex.join(["python", "-m", "rg.evaluate", *sys.argv[1:]])
         write_text(self.run_dir / "table.md", table(results))
@@ -204,6 +208,16 @@ class Evaluation:
             "kernel_distance": None if embed is None else distances_to(own, images, embed),
             "cmmd": None if self.clip is None else distances_to(own, images, self.clip.embed, clip=True),
         }
+
+    def words(self, prompts: Sequence[str]) -> dict[str, dict[str, float]] | None:
+        """In which share of a condition's images shirt and trousers are as asked for; None where nobody reads them.
+
+        The samples' own images show other prompts: there is no ceiling.
+        """
+        if self.classifier is None:
+            return None
+        read = {condition: self.classifier.read(self.images(condition)) for condition in ("unguided", "guided")}
+        return share_of_words({condition: fidelity(found, prompts) for condition, found in read.items()})
 
     def read(self, position: int) -> dict[str, Any]:
         """The record of a position whose images are all there; raises ValueError where a file of it is damaged."""
@@ -242,7 +256,7 @@ class Evaluation:
         made, seconds = {}, {}
         for condition, steering in (("unguided", None), ("guided", guidance)):
             begin = time.perf_counter()
-            made[condition] = generate(self.backbone.pipeline, prompts, guidance=steering, **arguments)
+            made[condition] = self.make(prompts, steering, positions, arguments)
             seconds[condition] = (time.perf_counter() - begin) / len(positions)
         made["ceiling"] = self.backbone.decode(torch.stack([sample["latent_mean"] for sample in batch])).cpu()
         readouts = None
@@ -284,6 +298,16 @@ class Evaluation:
         }
         return scores, same
 
+    def make(
+        self,
+        prompts: Sequence[str],
+        guidance: ReadoutGuidance | None,
+        positions: Sequence[int],
+        arguments: Mapping[str, Any],
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of the prompts of `positions`, guided or not; see `generate`."""
+        return generate(self.backbone.pipeline, prompts, guidance=guidance, **arguments)
+
     def images(self, condition: str, count: int | None = None) -> Tensor:
         """Saved images of a condition: (N, 3, H, W) in [-1, 1]."""
         return torch.stack([self.image(i, condition) for i in range(len(self.samples))[:count]])
@@ -291,7 +315,11 @@ class Evaluation:
     def image(self, position: int, condition: str) -> Tensor:
         """A saved image: (3, H, W) in [-1, 1], of the backbone's resolution, a readout of its own."""
         size = self.backbone.resolution if condition in CONDITIONS else None
-        return from_bytes(pixels(open_saved(self.image_path(position, condition), size)))
+        return self.read_image(self.image_path(position, condition), size)
+
+    def read_image(self, path: Path, size: Size | None = None) -> Tensor:
+        """A saved image: (3, H, W) in [-1, 1]; raises ValueError where it is of another size than asked for."""
+        return from_bytes(pixels(open_saved(path, size)))
 
     def grid(self, count: int = 10) -> Any:
         """Target pose, image it came from, unguided, guided, readout during guidance, detected pose."""

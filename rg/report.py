@@ -305,6 +305,18 @@ def distances_to(
     return {name: (cmmd if clip else kernel_distance)(features[name], features["renders"]) for name in sets}
 
 
+def share_of_words(right: dict[str, Tensor]) -> dict[str, dict[str, float]] | None:
+    """{condition: {"mean", "sem"}} and the paired "gain" of what `fidelity` says of unguided and guided images; None
+    where no prompt names anything."""
+    named = ~right["unguided"].isnan()
+    if not named.any():
+        return None
+    result = {condition: _summary(values[named]) for condition, values in right.items()}
+    if named.sum() > 1:
+        result["gain"] = paired_gain(right["unguided"][named], right["guided"][named])
+    return result
+
+
 def headline(results: dict[str, Any]) -> float:
     """The first judge's guided PCK at the largest alpha, a mean over images."""
     shares = next(iter(results["judges"].values()))["pck"]
@@ -334,6 +346,8 @@ def table(results: dict[str, Any]) -> str:
             )
         apart = [found[c]["distance"] for c in CONDITIONS]
         lines.append(_plain("pixels apart", pair, ["-" if far is None else f"{far:.2f}" for far in apart]))
+    if words := results.get("words"):
+        lines.append(_row("shirt and trousers as asked for", "", words))
     for name, title in (("kernel_distance", "kernel distance to renders"), ("cmmd", "CMMD to the data's images")):
         if results.get(name):
             lines.append(_plain(title, "", [f"{results[name][c]:.4f}" for c in CONDITIONS]))
@@ -346,11 +360,12 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _row(title: str, judge: str, row: Mapping[str, Any]) -> str:
-    cells = [f"{row[c]['mean']:.3f} ± {row[c]['sem']:.3f}" for c in CONDITIONS]
-    if "share_of_ceiling" not in row:
+    cells = [f"{row[c]['mean']:.3f} ± {row[c]['sem']:.3f}" if c in row else "" for c in CONDITIONS]
+    if not {"share_of_ceiling", "gain"} & {*row}:
         return _plain(title, judge, cells)
     gain = "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**row["gain"]) if "gain" in row else "-"
-    return f"| {title} | {judge} | {' | '.join(cells)} | {gain} | {row['share_of_ceiling']:.1%} |"
+    share = f"{row['share_of_ceiling']:.1%}" if "share_of_ceiling" in row else ""
+    return f"| {title} | {judge} | {' | '.join(cells)} | {gain} | {share} |"
 
 
 def _plain(title: str, judge: str, cells: Sequence[str]) -> str:

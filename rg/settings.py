@@ -38,6 +38,8 @@ BESIDE = ("head.path",)
 # own have names of one's own.
 FREE = ("sampling", "methods", "world.detectors")
 
+# What may be a plain value or a call: a rule by name or with settings of its own, none or one of the others.
+OR_CALLS = ("guidance.update", "guidance.repeats", "world.classifier")
 # What is always a call.
 CALLS = ("world.backbone", "data.builder")
 
@@ -60,7 +62,7 @@ TYPES: dict[str, Any] = {
         Count,
     ),
     **dict.fromkeys(("together", "parts", "sheet_images", "held_out", "pictures.train", "workers", "tries"), Count),
-    **dict.fromkeys(("tokens", "rounds"), Count),
+    **dict.fromkeys(("tokens", "rounds", "guidance.every", "repeats.times"), Count),
     "length": Positive,
     **dict.fromkeys(
         ("size", "val_size", "val_batch_size", "available", "n", "height", "width", "threads"), Count | None
@@ -75,9 +77,14 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("learning_rate", "appearance_learning_rate", "preview_minutes", "temperature"), Positive),
     **dict.fromkeys(("line_width", "hardware.gflops", "hardware.memory_gb"), Positive | None),
     **dict.fromkeys(("weight_decay", "contrast", "pose_contrast", "kl_weight", "margin", "repulsion", "gpus"), Amount),
-    **dict.fromkeys(("readout_scale", "guidance_scale", "scale"), Number),
+    **dict.fromkeys(("guidance_scale", "scale"), Number),
+    "readout_scale": Number | None,
+    **dict.fromkeys(("guidance.strength", "update.rho", "update.rate", "update.weight", "update.eta"), Amount),
+    "guidance.enough": Amount | None,
+    "guidance.repeats": dict[str, Any] | None,
+    "guidance.signal_window": Annotated[list[Amount], Field(min_length=2, max_length=2)] | None,
     **dict.fromkeys(("eta", "strength", "validation_share", "test_share", "decay", "ema", "alpha", "least"), Share),
-    **dict.fromkeys(("guidance.start", "guidance.stop"), Share),
+    **dict.fromkeys(("guidance.start", "guidance.stop", "repeats.start", "repeats.stop", "update.share"), Share),
     **dict.fromkeys(("run_dir", "root", "scheduler", "backbone.path", "head.path", "run", "folder", "out"), Word),
     **dict.fromkeys(("output", "cache", "export", "record", "card", "results", "sheet", "stage", "job"), Word),
     **dict.fromkeys(("model", "backbone", "detector", "classifier", "family", "name", "pose_variant"), Word),
@@ -93,15 +100,20 @@ TYPES: dict[str, Any] = {
     ".resume": bool | Literal["unfinished"],
     **dict.fromkeys(("_partial_", "_recursive_"), bool),
     "_convert_": Literal["none", "partial", "object", "all"],
+    "world.classifier": dict[str, Any] | None,
     "split": Literal["train", "val", "search", "test"],
     "noise": Literal["new", "reference"],
-    "update": Literal["score", "adam"],
+    "update": Literal["score", "adam", "dsg", "freedom", "mpgd", "velocity_norm", "activation"],
     "branch": Literal["uncond", "cond", "both"],
     "normalize": Literal["rms"] | None,
     "negative_prompt": str | list[str] | None,
     "max_minutes": Amount | None,
     "alphas": Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)],
     "scales": Annotated[list[Number], Field(min_length=1)],
+    "seeds": Annotated[list[Index], Field(min_length=1)],
+    "strengths": Annotated[list[Amount], Field(min_length=1)],
+    "overrides": list[Word],
+    ".default": Word,
     "drag": Annotated[list[Row], Field(min_length=1)] | None,
     "boxes": Annotated[list[Row], Field(min_length=2, max_length=2)] | None,
     "terms": Annotated[list[Any], Field(min_length=1)],
@@ -228,7 +240,7 @@ def _check_node(node: Any, path: str) -> None:
         kind = type_of(name)
         if name in CALLS and not (isinstance(value, dict) and "_target_" in value):
             raise ValueError(f"{name}: expected {{_target_: module.name, ...}}, found {json.dumps(value)}")
-        if isinstance(value, dict) and "_target_" in value and kind not in (None, Word):
+        if isinstance(value, dict) and "_target_" in value and kind not in (None, Word) and name not in OR_CALLS:
             raise ValueError(f"{name}: expected a plain value, found a call of {value['_target_']}")
         if _has_calls(value) or (isinstance(value, dict) and kind in (None, Word)):
             _check_node(value, name)

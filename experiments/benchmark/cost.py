@@ -44,10 +44,12 @@ def guided_flop(model: Counted, guidance: ReadoutGuidance, shared: bool) -> tupl
         shared: the pipeline's unconditional half holds the head's own condition.
     """
     rows = 2 if guidance.branch == "both" else 1
-    again = 2 if guidance.update == "adam" or not shared else 2 - rows
-    forwards = rows * (2 if guidance.checkpointing else 1) + again
+    moves = guidance.rule.moves
+    again = 2 if moves in ("input", "features") or not shared else 2 - rows
+    differentiated = 0 if moves == "features" else rows
+    forwards = rows + again + (differentiated if guidance.checkpointing else 0)
     heads = model.head.forward + model.head.backward
-    return forwards * model.unet.forward + rows * (model.unet.backward + heads), rows
+    return forwards * model.unet.forward + differentiated * model.unet.backward + rows * heads, differentiated
 
 
 def weights_bytes(model: Counted) -> int:
@@ -64,7 +66,8 @@ def sampling_cost(cfg: DictConfig, model: Counted, guidance: ReadoutGuidance) ->
     # SDXL's pipelines take zeros for an absent negative prompt, and heads read under the empty one.
     shared = guidance.branch != "uncond" or cfg.world.family != "sdxl"
     step, rows = guided_flop(model, guidance, shared)
-    flop = images * (guided * step + (total - guided) * 2 * model.unet.forward + model.decode)
+    read = -(-guided // guidance.every)  # in between the gradient is held
+    flop = images * (read * step + (total - read) * 2 * model.unet.forward + model.decode)
     kept = images * rows * (model.unet.kept + model.head.kept)
     return {
         "flop": flop,

@@ -21,7 +21,7 @@ from rg.backbone.denoiser import (
     is_transformer,
     taps,
 )
-from rg.backbone.features import check_sample, outside_inference_mode
+from rg.backbone.features import as_map, check_sample, outside_inference_mode
 from rg.heads.protocol import EnergyHead, FunctionHead
 
 if TYPE_CHECKING:
@@ -266,10 +266,12 @@ SCHEDULERS = (
     *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
 )
 PREDICTIONS = ("epsilon", "v_prediction")
+# Rules that take part in the scheduler's step, whose formula they have to know; the others go with all of the above.
+OWN_SCHEDULERS = dict.fromkeys(("adam", "dsg", "freedom", "mpgd", "repeats"), DDIMScheduler)
 
 
-def check_scheduler(scheduler: SchedulerMixin, update: str) -> None:
-    """Raises ValueError when there is no guidance rule for this scheduler."""
+def check_scheduler(scheduler: SchedulerMixin, update: str, *, repeats: bool = False) -> None:
+    """Raises ValueError when there is no guidance rule for this scheduler, or no way to repeat its steps."""
     name = type(scheduler).__name__
     if not any(base.__name__ in SCHEDULERS for base in type(scheduler).__mro__):
         raise ValueError(f"scheduler: expected a variance-preserving one of {SCHEDULERS}, got {name}")
@@ -279,25 +281,29 @@ def check_scheduler(scheduler: SchedulerMixin, update: str) -> None:
         raise ValueError(
             f"scheduler: prediction_type is {scheduler.config.prediction_type!r}, expected one of {PREDICTIONS}"
         )
-    if update == "adam" and not isinstance(scheduler, DDIMScheduler):
-        raise ValueError(f"scheduler: update=adam is defined for DDIMScheduler, got {name}; use update=score")
+    if not isinstance(scheduler, OWN_SCHEDULERS.get(update, SchedulerMixin)):
+        raise ValueError(
+            f"scheduler: update={update} is defined for {OWN_SCHEDULERS[update].__name__}, got {name}; use update=score"
+        )
+    if repeats and not isinstance(scheduler, OWN_SCHEDULERS["repeats"]):
+        raise ValueError(f"scheduler: repeats are defined for {OWN_SCHEDULERS['repeats'].__name__}, got {name}")
 
 
 @contextmanager
-def shift_scheduler_input(scheduler: SchedulerMixin, pending_shift: Callable[[], Tensor | None]) -> Iterator[None]:
-    """Adds `pending_shift()` to the sample of every scheduler step inside the context."""
+def scheduler_step(scheduler: SchedulerMixin, answer: Callable[..., Any]) -> Iterator[None]:
+    """Lets `answer(step, model_output, timestep, sample, **arguments)` answer for `scheduler.step` inside the context.
+
+    Args:
+        answer: gets the scheduler's own step first.
+    """
     step, own_step = scheduler.step, vars(scheduler).get("step")
 
     # Pipelines look at the signature to know whether the scheduler takes eta and a generator.
     @functools.wraps(step)
-    def shifted_step(
-        model_output: Tensor, timestep: Tensor | float, sample: Tensor, *args: Any, **kwargs: Any
-    ) -> SchedulerOutput | tuple[Tensor, ...]:
-        shift = pending_shift()
-        shifted = sample if shift is None else (sample + shift).to(sample.dtype)
-        return step(model_output, timestep, shifted, *args, **kwargs)
+    def answered(*args: Any, **kwargs: Any) -> SchedulerOutput | tuple[Tensor, ...]:
+        return answer(step, *args, **kwargs)
 
-    scheduler.step = shifted_step
+    scheduler.step = answered
     try:
         yield
     finally:
@@ -305,3 +311,49 @@ def shift_scheduler_input(scheduler: SchedulerMixin, pending_shift: Callable[[],
             del scheduler.step
         else:
             scheduler.step = own_step
+
+
+@contextmanager
+def shift_scheduler_input(scheduler: SchedulerMixin, pending_shift: Callable[[], Tensor | None]) -> Iterator[None]:
+    """Adds `pending_shift()` to the sample of every scheduler step inside the context."""
+
+    def shifted(
+        step: Callable[..., Any],
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        shift = pending_shift()
+        moved = sample if shift is None else (sample + shift).to(sample.dtype)
+        return step(model_output, timestep, moved, *args, **kwargs)
+
+    with scheduler_step(scheduler, shifted):
+        yield
+
+
+@contextmanager
+def shifted_taps(denoiser: nn.Module, sample: Tensor, change: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """Adds `change(number, feature)` to what every tap gives inside the context, in a call on latents `sample`.
+
+    Args:
+        change: of a feature (B, C, h, w) in float32; None leaves it alone.
+    """
+
+    def shift(number: int, output: Tensor) -> Tensor:
+        moved = change(number, as_map(output, denoiser, sample).float())
+        if moved is None:
+            return output
+        moved = moved if output.ndim == 4 else moved.flatten(2).transpose(1, 2)
+        return (output + moved).to(output.dtype)
+
+    handles = [
+        tap.register_forward_hook(lambda _tap, _given, output, number=number: shift(number, output))
+        for number, tap in enumerate(taps(denoiser).values())
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

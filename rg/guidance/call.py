@@ -14,10 +14,13 @@ class Call:
 
     image_size: (height, width) of the images that come out where the pipeline makes larger ones and cuts their middle
         out (PixArt's resolution binning), else None.
+    guidance_scale: of text guidance, as it is now. eta: the share of DDPM's noise that DDIM adds.
     """
 
     images_per_prompt: int
     image_size: Size | None
+    guidance_scale: float = 1.0
+    eta: float = 0.0
 
 
 def running_call(pipe: DiffusionPipeline) -> Call:
@@ -40,12 +43,16 @@ def running_call(pipe: DiffusionPipeline) -> Call:
         raise ValueError(f"pipeline: guidance is attached to a {type(pipe).__name__}, got {found}; attach to what runs")
     given = frame.f_locals
     size = (given["orig_height"], given["orig_width"]) if "orig_height" in given else None
-    return Call(given.get("num_images_per_prompt") or 1, size)
+    # A callback may have changed it; PixArt's pipelines keep it nowhere else.
+    scale = getattr(pipe, "guidance_scale", given.get("guidance_scale"))
+    scale = 1.0 if scale is None else float(scale)
+    return Call(given.get("num_images_per_prompt") or 1, size, scale, given.get("eta") or 0.0)
 
 
-def check_call(pipe: DiffusionPipeline, update: str) -> None:
+def check_call(pipe: DiffusionPipeline, update: str, *, moves: str, repeats: bool = False) -> None:
     """Raises ValueError when a running call has arguments that guidance has no rule for."""
-    if getattr(pipe, "guidance_rescale", 0.0) > 0 and update == "score":
-        raise ValueError("guidance_rescale: it would rescale the score update too; expected 0.0")
+    if getattr(pipe, "guidance_rescale", 0.0) > 0 and (moves == "output" or repeats):
+        what = f"it would rescale the {update} update too" if moves == "output" else "repeated steps do not know it"
+        raise ValueError(f"guidance_rescale: {what}; expected 0.0")
     if getattr(pipe, "do_perturbed_attention_guidance", False):
         raise ValueError(f"pag_scale: expected 0, got {pipe.pag_scale}: perturbed attention adds a third branch")

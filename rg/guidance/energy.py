@@ -81,6 +81,32 @@ def energy_and_gradient(
     return energy, gradient
 
 
+def energy_and_feature_gradients(
+    terms: "Sequence[GuidanceTerm]", reading: Reading, *, range_factor: bool = False
+) -> tuple[Energy, list[Tensor | None]]:
+    """The energy of a reading and its gradient at every tap, summed over branches: (images, C_l, h_l, w_l) in float32,
+    None where it does not depend on it. Nothing passes back through the denoiser.
+
+    Args:
+        range_factor: as of `energy_and_gradient`.
+
+    Raises:
+        FloatingPointError, ValueError: as `energy_and_gradient`.
+    """
+    energy = compute_energy(terms, reading, range_factor=range_factor)
+    _check_finite("energy", energy.value, reading)
+    if all(gradient is None for gradient in energy.feature_gradients):
+        raise ValueError("head: expected an energy that depends on the features, got a constant")
+    gradients = [
+        None if gradient is None else gradient.unflatten(0, (-1, reading.images)).sum(0)
+        for gradient in energy.feature_gradients
+    ]
+    for gradient in gradients:
+        if gradient is not None:
+            _check_finite("gradient", gradient, reading)
+    return energy, gradients
+
+
 def compute_energy(terms: "Sequence[GuidanceTerm]", reading: Reading, *, range_factor: bool = False) -> Energy:
     """The weighted energy of all terms, row by row.
 

@@ -1,11 +1,17 @@
 """The rules by which a gradient moves a sampling step, as pure functions, and what they need of the schedule.
 
-Gradients and latents are (B, C, h, w). abar is abar_t, the share of signal in x_t's variance (Ho et al., 2020).
+Gradients and latents are (B, C, h, w). abar is abar_t, the share of signal in x_t's variance (Ho et al., 2020). Rules
+with a `strength` multiply by it the coefficient that their paper names, whose default is what strength 1 is.
 """
+
+from dataclasses import dataclass
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
+
+# What strength 1 of the score rule is: times the noise prediction's RMS, which is 1, at an image's first gradient.
+UNIT = 1.5
 
 
 def score(
@@ -37,6 +43,110 @@ def score(
 def adam(gradient: Tensor, learning_rate: float) -> Tensor:
     """The change of x_t by the first step of a fresh Adam, as the authors' code does at every timestep."""
     return -learning_rate * gradient / (gradient.abs() + 1e-8)
+
+
+def velocity_norm(
+    gradient: Tensor,
+    output: Tensor,
+    x_t: Tensor,
+    abar: Tensor,
+    *,
+    prediction_type: str,
+    strength: float = 1.0,
+    weight: float = 0.5,
+) -> Tensor:
+    """The change of a model's output that adds weight * |v| * gradient / |gradient| to its velocity, image by image.
+
+    v = sqrt(abar) noise - sqrt(1 - abar) x0 is the velocity of the path from x0 to the noise along the angle whose
+    cosine is sqrt(abar) (Salimans and Ho, 2022): flow matching's (FMRG, 2026), on a variance-preserving path.
+    """
+    noise = output_to_noise(output.float(), x_t.float(), prediction_type, abar)
+    # sqrt(abar) v, so that nothing is divided by abar
+    velocity = noise - (1 - abar).sqrt() * x_t
+    change = strength * weight * lengths(velocity) * directions(gradient)
+    return noise_to_output(change.to(gradient), prediction_type, abar)
+
+
+def activation(feature: Tensor, gradient: Tensor, *, strength: float = 1.0, eta: float = 0.1) -> Tensor:
+    """The change -eta * |h| * gradient / |gradient| of a tap's feature h, image by image.
+
+    Args:
+        feature: (k * B, C, h, w), of B images in k branches of text guidance.
+        gradient: (B, C, h, w), the energy's at that feature.
+    """
+    moved = directions(gradient).repeat(len(feature) // len(gradient), 1, 1, 1)
+    return -strength * eta * lengths(feature.float()) * moved
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What a scheduler makes of x_t: x_{t-1} = mean + sigma * noise, (B, C, h, w) both, in float32 or float64.
+
+    abar, abar_previous: scalars, of x_t and of x_{t-1}. sigma: scalar, 0 where it adds no noise.
+    """
+
+    mean: Tensor
+    noise: Tensor
+    sigma: Tensor
+    abar: Tensor
+    abar_previous: Tensor
+
+    @property
+    def sample(self) -> Tensor:
+        """x_{t-1} as the scheduler makes it."""
+        return self.mean + self.sigma * self.noise
+
+    @property
+    def alpha(self) -> Tensor:
+        """abar_t / abar_{t-1}, the share of signal that one step of noise leaves."""
+        return self.abar / self.abar_previous
+
+
+def dsg(gradient: Tensor, step: Transition, *, strength: float = 1.0, share: float = 0.4) -> Tensor:
+    """x_{t-1} whose noise is turned towards the steepest descent and keeps its length (Yang et al., 2024, algorithm 1).
+
+    With n numbers in a latent, d* = -sqrt(n) sigma g / |g| and d = sigma z: m = d + share (d* - d) and
+    x_{t-1} = mean + sqrt(n) sigma m / |m|. Images whose gradient is zero keep the scheduler's step.
+
+    Args:
+        share: of the noise that the gradient replaces, in [0, 1].
+    """
+    radius = step.noise[0].numel() ** 0.5
+    share = min(strength * share, 1.0)
+    turned = step.noise + share * (-radius * directions(gradient) - step.noise)
+    steered = step.mean + step.sigma * radius * directions(turned)
+    return torch.where(lengths(gradient) * share > 0, steered, step.sample)
+
+
+def freedom(gradient: Tensor, step: Transition, *, strength: float = 1.0, rho: float = 1.5) -> Tensor:
+    """x_{t-1} - rho_t * gradient with rho_t = rho * (1 - abar_t / abar_{t-1}) (Yu et al., 2023, algorithm 1).
+
+    Their rho_t is a free learning rate. Here it is the noise variance of the step, the weight that an energy has in the
+    reverse diffusion (Dhariwal and Nichol, 2021, algorithm 1), so that all steps together move as far however many
+    there are.
+    """
+    return step.sample - strength * rho * (1 - step.alpha) * gradient
+
+
+def mpgd(gradient: Tensor, step: Transition, *, strength: float = 1.0, rate: float = 0.1) -> Tensor:
+    """x_{t-1} for an x0 that descends the energy while the predicted noise stays (He et al., 2024, algorithm 1).
+
+    x0 <- x0 - rate * dE/dx0, and x_{t-1} = sqrt(abar_{t-1}) x0 + ... moves by sqrt(abar_{t-1}) times that. A readout
+    takes x0 as sqrt(abar_t) x0 + sqrt(1 - abar_t) noise, which is x_t itself where the noise is the predicted one; with
+    that noise held, as if the denoiser did not depend on x_t, dE/dx0 = sqrt(abar_t) dE/dx_t.
+    """
+    return step.sample - strength * rate * step.abar_previous.sqrt() * step.abar.sqrt() * gradient
+
+
+def lengths(value: Tensor) -> Tensor:
+    """Euclidean lengths of (B, C, h, w), image by image: (B, 1, 1, 1)."""
+    return value.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+def directions(value: Tensor) -> Tensor:
+    """value / |value|, image by image; zero where it is zero."""
+    length = lengths(value)
+    return torch.where(length > 0, value / length, 0.0)
 
 
 def alpha_bar(scheduler: SchedulerMixin, timestep: Tensor) -> Tensor:

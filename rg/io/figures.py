@@ -44,3 +44,20 @@ def bar_chart(bars: dict[str, float], *, x: str, y: str) -> Any:
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     return figure
+
+
+def curves(panels: dict[tuple[str, str], dict[str, list[tuple[float, float, str]]]]) -> Any:
+    """A figure with a panel for each (x, y) of names: a labelled line for each entry, through points (x, y, text)."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False)
+    for axis, ((x, y), lines) in zip(axes[0], panels.items(), strict=True):
+        for name, points in lines.items():
+            across, up, texts = zip(*points, strict=True)
+            axis.plot(across, up, marker="o", markersize=4, linewidth=1, label=name)
+            for place in zip(across, up, texts, strict=True):
+                axis.annotate(place[2], place[:2], xytext=(3, 3), textcoords="offset points", fontsize=6)
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        axis.grid(alpha=0.3)
+    axes[0, -1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
+    figure.tight_layout()
+    return figure

@@ -16,6 +16,7 @@ from rg.report import (
     headline,
     read_record,
     score_images,
+    share_of_words,
     summarise,
     table,
 )
@@ -278,3 +279,16 @@ def test_kernel_distance_needs_many_images_and_tells_renders_from_noise(root: Pa
     assert distances_to(flat, {"same": flat[: KERNEL_IMAGES - 1]}, detector.embed) is None
     found = distances_to(flat[:KERNEL_IMAGES], {"same": flat, "noise": noise}, detector.embed)
     assert found["noise"] > 10 * abs(found["same"])
+
+
+def test_the_share_of_words_is_paired_over_images_whose_prompt_names_some():
+    nan = float("nan")
+    right = {"unguided": torch.tensor([1.0, 1.0, 1.0, nan]), "guided": torch.tensor([1.0, 0.0, 0.0, nan])}
+    words = share_of_words(right)
+    assert words["unguided"]["mean"] == 1 and words["guided"]["mean"] == pytest.approx(1 / 3)
+    assert words["gain"]["mean"] == pytest.approx(-2 / 3)
+    assert share_of_words({"unguided": torch.tensor([nan]), "guided": torch.tensor([nan])}) is None
+    results = summarise(of_one(record({"unguided": 0.0, "guided": 0.5, "ceiling": 1.0})), ["0.1"], ["one"])
+    shown = table({**results, "words": words})
+    assert "| shirt and trousers as asked for |  | 1.000 ± 0.000 | 0.333 ± 0.333 |  | -0.667 (" in shown
+    assert "shirt" not in table({**results, "words": None})

@@ -106,6 +106,8 @@ def test_a_wrong_setting_is_named_with_what_was_expected_and_found(config, word,
 @pytest.mark.parametrize(
     ("config", "words"),
     [
+        ("sample", ["guidance=freedom", "guidance.update.rho=2", "guidance.repeats.times=3"]),
+        ("sample", ["guidance.repeats=null", "guidance.enough=0.5"]),
         ("sample", ["guidance.readout_scale=3", "sampling.guidance_scale=2", "+sampling.negative_prompt=[a,b]"]),
         (
             "evaluate",

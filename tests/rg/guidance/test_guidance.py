@@ -43,7 +43,7 @@ def traces(pipe):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"update": "sgd"}, r"update: expected one of \('score', 'adam'\), got 'sgd'"),
+        ({"update": "sgd"}, r"update: expected one of \('score', 'adam', 'dsg', .*\), got 'sgd'"),
         ({"branch": "none"}, r"branch: expected one of \('uncond', 'cond', 'both'\), got 'none'"),
         ({"normalize": "max"}, r"normalize: expected one of \(None, 'rms'\), got 'max'"),
         ({"start": 0.6, "stop": 0.5}, "got 0.6 and 0.5"),
