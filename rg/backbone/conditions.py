@@ -7,6 +7,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from rg.backbone.denoiser import denoiser_of
+from rg.backbone.families import family_of
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 # Relative difference of two text embeddings that is still rounding.
 ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
@@ -19,12 +23,14 @@ class Condition:
     pooled: (1, width) where the family has a pooled embedding and time ids (SDXL), else None.
     mask: (1, tokens), 1 for tokens and 0 for padding, where the family has one (PixArt), else None.
     sized: whether the image's size is a condition of its own (PixArt-alpha at 1024 px).
+    projection: (1, width), a pooled embedding without time ids (Stable Diffusion 3, Flux), else None.
     """
 
     text: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
     sized: bool = False
+    projection: Tensor | None = None
 
     def inputs(self, rows: int, image_size: tuple[int, int], like: Tensor) -> dict[str, Any]:
         """Arguments of the denoiser for `rows` rows, in the dtype and on the device of `like`.
@@ -38,6 +44,8 @@ class Condition:
             ids = like.new_tensor([[*image_size, 0, 0, *image_size]])
             pooled = self.pooled.to(like).expand(rows, -1)
             inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.expand(rows, -1)}
+        if self.projection is not None:
+            inputs["pooled_projections"] = self.projection.to(like).expand(rows, -1)
         if self.mask is not None:
             inputs["encoder_attention_mask"] = self.mask.to(like.device).expand(rows, -1)
         if self.sized:
@@ -57,23 +65,16 @@ def encode_condition(pipe: DiffusionPipeline, prompt: str, device: torch.device 
     Raises:
         ValueError: the pipeline has no text encoder.
     """
-    if all(getattr(pipe, name, None) is None for name in ("text_encoder", "text_encoder_2")):
+    if all(getattr(pipe, name, None) is None for name in TEXT_ENCODERS):
         raise ValueError(
             f"prompt: the head reads features under the prompt {prompt!r}, and this {type(pipe).__name__} has no text "
             "encoder to embed it: expected pipe.text_encoder, got None; keep it, or guide with branch=cond"
         )
+    family = family_of(denoiser_of(pipe))
     with torch.inference_mode(False), torch.no_grad():
-        encoded = pipe.encode_prompt(
-            prompt=prompt,
-            device=device or pipe._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-    if getattr(pipe, "transformer", None) is not None:
-        # PixArt: the prompt's embedding and mask, then the negative prompt's.
-        return Condition(encoded[0], mask=encoded[1], sized=pipe.transformer.use_additional_conditions)
-    # Two values in Stable Diffusion 1 and 2 (prompt, negative), four in SDXL (both pooled ones behind them).
-    return Condition(encoded[0], encoded[2] if len(encoded) == 4 else None)
+        device = device or pipe._execution_device
+        encoded = pipe.encode_prompt(prompt=prompt, device=device, num_images_per_prompt=1, **family.encoding)
+    return Condition(**family.condition(encoded))
 
 
 def with_condition(held: dict[str, Any], own: dict[str, Any]) -> dict[str, Any] | None:
@@ -85,6 +86,8 @@ def with_condition(held: dict[str, Any], own: dict[str, Any]) -> dict[str, Any] 
     text, added = own["encoder_hidden_states"], dict(own.get("added_cond_kwargs", {}))
     held_added = held.get("added_cond_kwargs") or {}
     same = _alike(held["encoder_hidden_states"], text)
+    if "pooled_projections" in own:
+        same &= _alike(held["pooled_projections"], own["pooled_projections"])
     if "encoder_attention_mask" in own:
         same &= _equal(held["encoder_attention_mask"], own["encoder_attention_mask"])
     if added:

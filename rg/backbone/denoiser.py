@@ -1,32 +1,26 @@
-"""What differs between the denoisers that guidance knows: where they lie, their taps, their embeddings.
-
-U-Nets of Stable Diffusion: a tap is the output of `conv2` of a decoder ResNet block, before the residual is added (Luo
-et al., 2024, section 3.1). PixArt's transformer (Chen et al., 2024): the output of a block, whose tokens are patches of
-the latents, laid out as a map.
-"""
+"""A pipeline's denoiser, whatever its family: where it lies, its taps, its embeddings, and whether it can be guided."""
 
 import inspect
 
 import torch
-from diffusers import DiffusionPipeline, PixArtTransformer2DModel, StableDiffusionPanoramaPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPanoramaPipeline
 from torch import Tensor, nn
+
+from rg.backbone.families import NAMES, family_of, transformer_family
 
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:
     """The attribute of a pipeline that holds its denoiser: "unet" or "transformer".
 
     Raises:
-        ValueError: it has neither a U-Net nor PixArt's transformer.
+        ValueError: it has neither a U-Net nor a transformer that guidance knows.
     """
     if isinstance(getattr(pipe, "unet", None), nn.Module):
         return "unet"
-    if is_transformer(getattr(pipe, "transformer", None)):
+    if transformer_family(getattr(pipe, "transformer", None)) is not None:
         return "transformer"
     others = [key for key, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)]
-    raise ValueError(
-        "pipeline: expected a U-Net as pipe.unet (Stable Diffusion 1, 2, SDXL) or PixArt's transformer as "
-        f"pipe.transformer, got a {type(pipe).__name__} of {others}"
-    )
+    raise ValueError(f"pipeline: expected {NAMES}, got a {type(pipe).__name__} of {others}")
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
@@ -34,68 +28,46 @@ def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
     return getattr(pipe, denoiser_name(pipe))
 
 
-def is_transformer(denoiser: object) -> bool:
-    """Whether a denoiser, compiled or not, is PixArt's transformer."""
-    return isinstance(getattr(denoiser, "_orig_mod", denoiser), PixArtTransformer2DModel)
-
-
 def taps(denoiser: nn.Module) -> dict[str, nn.Module]:
     """Names and modules of the taps in the order in which they run, in a U-Net from coarse to fine.
 
     Raises:
-        ValueError: the denoiser is neither PixArt's transformer nor has decoder ResNet blocks to tap.
+        ValueError: the denoiser is neither a transformer that guidance knows nor has decoder ResNet blocks to tap.
     """
-    if is_transformer(denoiser):
-        return {f"transformer_blocks.{i}": block for i, block in enumerate(denoiser.transformer_blocks)}
-    found = {
-        f"up_blocks.{i}.resnets.{j}.conv2": resnet.conv2
-        for i, block in enumerate(getattr(denoiser, "up_blocks", ()))
-        for j, resnet in enumerate(getattr(block, "resnets", ()))
-    }
+    found = family_of(denoiser).taps()
     if not found:
         raise ValueError(
-            "no readout taps: expected a U-Net with up_blocks[i].resnets[j].conv2 or PixArt's transformer, got "
-            f"{type(denoiser).__name__}"
+            f"no readout taps: expected up_blocks[i].resnets[j].conv2, or {NAMES}, got {type(denoiser).__name__}"
         )
     return found
 
 
 def tap_channels(denoiser: nn.Module) -> list[int]:
     """Channels of the taps, in their order."""
-    if is_transformer(denoiser):
-        return [denoiser.inner_dim] * len(denoiser.transformer_blocks)
-    # The layer under an adapter such as LoRA's, which hides its sizes.
-    return [getattr(tap, "base_layer", tap).out_channels for tap in taps(denoiser).values()]
-
-
-def _time_layers(denoiser: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """What makes sinusoids of time, and what embeds them."""
-    if is_transformer(denoiser):
-        return denoiser.adaln_single.emb.time_proj, denoiser.adaln_single.emb.timestep_embedder
-    return denoiser.time_proj, denoiser.time_embedding
+    return family_of(denoiser).tap_channels()
 
 
 def time_embed_dim(denoiser: nn.Module) -> int:
     """Width of the denoiser's time embedding."""
-    last = _time_layers(denoiser)[1].linear_2
+    last = family_of(denoiser).time_layers()[1].linear_2
     return getattr(last, "base_layer", last).out_features
 
 
 def embed_time(denoiser: nn.Module, index: Tensor) -> Tensor:
     """The denoiser's own embedding of time indices (B,): (B, E), without gradient."""
-    sinusoids, embedding = _time_layers(denoiser)
+    sinusoids, embedding = family_of(denoiser).time_layers()
     with torch.no_grad():
         return embedding(sinusoids(index).to(next(embedding.parameters()).dtype))
 
 
 def condition_dim(denoiser: nn.Module) -> int:
     """Width of the text embeddings: 768 in Stable Diffusion 1, 1024 in 2, 2048 in SDXL, 4096 in PixArt."""
-    return getattr(denoiser.config, "caption_channels", None) or denoiser.config.cross_attention_dim
+    return family_of(denoiser).condition_dim()
 
 
 def latent_channels(denoiser: nn.Module) -> int:
-    """Channels of the latent itself: inpainting adds input channels behind it, learned variance output channels."""
-    return min(denoiser.config.in_channels, denoiser.config.out_channels or denoiser.config.in_channels)
+    """Channels of the latent itself, whatever inpainting or a learned variance adds."""
+    return family_of(denoiser).latent_channels()
 
 
 # What pipelines say of the batch that they give their denoiser.
@@ -114,7 +86,7 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
     taps(denoiser)
     if hasattr(type(pipe), "image_guidance_scale"):
         raise ValueError(f"pipeline: expected at most two branches of classifier-free guidance, {name} has three")
-    branches = hasattr(type(pipe), CFG_FLAG) or is_transformer(denoiser)
+    branches = hasattr(type(pipe), CFG_FLAG) or family_of(denoiser).branches != "pipeline"
     if not branches or not hasattr(pipe, "encode_prompt"):
         raise ValueError(f"pipeline: expected one that makes images from text, got a {name}")
     calls = [vars(kind)["__call__"] for kind in type(pipe).__mro__ if "__call__" in vars(kind)]

@@ -4,11 +4,12 @@ import hashlib
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderDC, AutoencoderTiny, DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
-from rg.backbone.conditions import Condition, encode_condition
+from rg.backbone.conditions import TEXT_ENCODERS, Condition, encode_condition
 from rg.backbone.denoiser import check_pipeline, condition_dim, denoiser_of, embed_time, tap_channels, time_embed_dim
+from rg.backbone.families import family_of
 from rg.backbone.features import Prediction, predict
 from rg.backbone.loading import load_pipeline
 
@@ -17,7 +18,7 @@ ONE_BY_ONE = 512
 
 
 class DiffusionBackbone:
-    """A Stable Diffusion or PixArt pipeline as a feature extractor.
+    """A pipeline as a feature extractor.
 
     It is no nn.Module on purpose: a head that holds one neither saves its weights nor flips it to training mode.
     Images are (B, 3, H, W) in [-1, 1]; latents are (B, C, h, w), already multiplied by the VAE's scaling factor;
@@ -25,7 +26,7 @@ class DiffusionBackbone:
     """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
-        """Takes a text-to-image pipeline of Stable Diffusion 1, 2, SDXL or PixArt; its VAE is kept in float32.
+        """Takes a text-to-image pipeline of a family of rg.backbone.families; its VAE is kept in float32.
 
         Raises:
             ValueError: the pipeline has no denoiser with taps.
@@ -34,18 +35,19 @@ class DiffusionBackbone:
         self.pipeline = pipeline
         self.denoiser: nn.Module = denoiser_of(pipeline)
         self.vae: nn.Module = pipeline.vae
-        encoders = (getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2"))
+        encoders = (getattr(pipeline, name, None) for name in TEXT_ENCODERS)
         for module in (self.denoiser, self.vae, *filter(None, encoders)):
             module.eval().requires_grad_(False)
         if self.denoiser.dtype != torch.float32:
             keep_float32(self.vae)
         self.num_timesteps: int = pipeline.scheduler.config.num_train_timesteps
-        self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod
+        self.flow: bool = family_of(self.denoiser).flow
+        self.alphas_cumprod: Tensor | None = None if self.flow else pipeline.scheduler.alphas_cumprod
         self.time_embed_dim: int = time_embed_dim(self.denoiser)
         self.condition_dim: int = condition_dim(self.denoiser)
         self.tap_channels: list[int] = tap_channels(self.denoiser)
         self.latent_channels: int = self.vae.config.latent_channels
-        side = self.denoiser.config.sample_size
+        side = self.denoiser.config.get("sample_size") or pipeline.default_sample_size
         self.latent_size: tuple[int, int] = (side, side)
         self.resolution: tuple[int, int] = (side * pipeline.vae_scale_factor, side * pipeline.vae_scale_factor)
         if max(self.resolution) >= ONE_BY_ONE:
@@ -56,7 +58,7 @@ class DiffusionBackbone:
     def from_pretrained(
         cls, path: str, *, device: str | None = None, precision: str = "float32", variant: str | None = None
     ) -> "DiffusionBackbone":
-        """Loads a pipeline with the DDIM scheduler.
+        """Loads a pipeline with the DDIM scheduler; one of a flow-matching model keeps its own.
 
         Args:
             path: a diffusers folder, a shipped model's name, "owner/name" on the hub, or a single file of safetensors.
@@ -70,11 +72,12 @@ class DiffusionBackbone:
         """
         pipeline = load_pipeline(path, precision=precision, variant=variant)
         check_pipeline(pipeline)
-        # What a scheduler of another kind does not say (clipping), or DDIM cannot follow or invert (its spacing).
-        settings = {"clip_sample": False, **pipeline.scheduler.config}
-        if settings.get("timestep_spacing") == "linspace":
-            settings["timestep_spacing"] = "trailing"
-        pipeline.scheduler = DDIMScheduler.from_config(settings)
+        if not family_of(denoiser_of(pipeline)).flow:
+            # What a scheduler of another kind does not say (clipping), or DDIM cannot follow or invert (its spacing).
+            settings = {"clip_sample": False, **pipeline.scheduler.config}
+            if settings.get("timestep_spacing") == "linspace":
+                settings["timestep_spacing"] = "trailing"
+            pipeline.scheduler = DDIMScheduler.from_config(settings)
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
@@ -84,8 +87,9 @@ class DiffusionBackbone:
 
     @property
     def autoencoder_id(self) -> str:
-        """16 hexadecimal digits that name the autoencoder: a hash of its weights and of the scaling factor."""
-        digest = hashlib.sha256(repr(self.vae.config.scaling_factor).encode())
+        """16 hexadecimal digits that name the autoencoder: a hash of its weights, and of how its latents are scaled."""
+        scale = self.vae.config.scaling_factor
+        digest = hashlib.sha256(repr((scale, self._shift) if self._shift else scale).encode())
         for name, tensor in sorted(self.vae.state_dict().items()):
             digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -97,23 +101,31 @@ class DiffusionBackbone:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents of images, in float32; of a small autoencoder (TAESD) the
-        latents and zero.
+        """Mean and standard deviation of the latents of images, in float32; of an autoencoder without a deviation
+        (TAESD, SANA's) the latents and zero.
 
         Raises:
             FloatingPointError: the VAE overflows.
         """
         encoded, factor = self.vae.encode(images.to(self.device)), self.vae.config.scaling_factor
-        if isinstance(self.vae, AutoencoderTiny):
-            return self._finite(encoded.latents) * factor, torch.zeros_like(encoded.latents)
+        if isinstance(self.vae, AutoencoderTiny | AutoencoderDC):
+            latents = self._finite(encoded[0]) * factor
+            return latents, torch.zeros_like(latents)
         posterior = encoded.latent_dist
-        return self._finite(posterior.mean) * factor, posterior.std * factor
+        return (self._finite(posterior.mean) - self._shift) * factor, posterior.std * factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents, clamped to [-1, 1], in float32; raises FloatingPointError where the VAE overflows."""
-        images = self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor).sample
+        images = self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor + self._shift).sample
         return self._finite(images).clamp(-1, 1)
+
+    @property
+    def _shift(self) -> float:
+        """What is taken off the autoencoder's latents before they are scaled; TAESD's are scaled already."""
+        if isinstance(self.vae, AutoencoderTiny):
+            return 0.0
+        return self.vae.config.get("shift_factor") or 0.0
 
     def _finite(self, values: Tensor) -> Tensor:
         if not values.isfinite().all():
@@ -121,7 +133,11 @@ class DiffusionBackbone:
         return values
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al., 2020, eq. 4), one timestep per sample."""
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al., 2020, eq. 4), one timestep per sample; of a
+        flow-matching model (1 - s) x_0 + s noise with s = t / num_timesteps (Lipman et al., 2023)."""
+        if self.flow:
+            level = (timesteps.to(latents) / self.num_timesteps).view(-1, 1, 1, 1)
+            return (1 - level) * latents + level * noise
         abar = self.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
         return abar.sqrt() * latents + (1 - abar).sqrt() * noise
 

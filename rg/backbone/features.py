@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from rg.backbone.denoiser import taps
+from rg.backbone.families import TapOutput, family_of
 
 Nested = TypeVar("Nested")
 
@@ -44,15 +46,16 @@ def predict(
         ValueError: the sample is not made of whole patches.
     """
     check_sample(denoiser, sample)
-    features: list[Tensor] = []
+    family, features = family_of(denoiser), list[Tensor]()
 
-    def keep(_tap: nn.Module, _given: tuple[Any, ...], output: Tensor) -> None:
-        features.append(output)
+    def keep(_tap: nn.Module, _given: tuple[Any, ...], output: TapOutput) -> None:
+        features.append(as_map(family.tokens(output), denoiser, sample))
 
     handles = [tap.register_forward_hook(keep) for tap in taps(denoiser).values()]
     try:
         times = timestep.expand(len(sample))
-        output = (forward or denoiser)(sample, timestep=times, **{**inputs, "return_dict": False})[0]
+        call = forward or partial(family.call, denoiser)
+        output = call(sample, timestep=times, **{**inputs, "return_dict": False})[0]
     finally:
         # Removed before any backward pass: recomputation of checkpointed blocks would fire them again.
         for handle in handles:
@@ -62,19 +65,19 @@ def predict(
             f"denoiser: expected {len(handles)} features from its taps, got {len(features)}: compiled code runs no "
             "hooks; in a U-Net compile the attention blocks alone, with denoiser.compile_repeated_blocks()"
         )
-    return Prediction(output, [as_map(feature, denoiser, sample) for feature in features])
+    return Prediction(output, features)
 
 
 def as_map(output: Tensor, denoiser: nn.Module, sample: Tensor) -> Tensor:
-    """A tap's output on latents `sample` as (B, C, h, w): tokens (B, h * w, C) are patches, row by row."""
+    """What a tap gives of latents `sample` as (B, C, h, w): tokens (B, h * w, C) are patches, row by row."""
     if output.ndim == 4:
         return output
-    return output.transpose(1, 2).unflatten(2, (sample.shape[-2] // denoiser.config.patch_size, -1))
+    return output.transpose(1, 2).unflatten(2, (sample.shape[-2] // family_of(denoiser).patch(), -1))
 
 
 def check_sample(denoiser: nn.Module, sample: Tensor) -> None:
     """Raises ValueError when latents (B, C, h, w) are not made of whole patches."""
-    patch = getattr(denoiser.config, "patch_size", 1)
+    patch = family_of(denoiser).patch()
     if any(side % patch for side in sample.shape[-2:]):
         height, width = sample.shape[-2:]
         raise ValueError(

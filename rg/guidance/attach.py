@@ -14,14 +14,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
 from rg.backbone.conditions import Condition, encode_condition
-from rg.backbone.denoiser import (
-    CFG_FLAG,
-    denoiser_name,
-    denoiser_of,
-    is_transformer,
-    taps,
-)
+from rg.backbone.denoiser import CFG_FLAG, denoiser_name, denoiser_of, taps
+from rg.backbone.families import TapOutput, family_of
 from rg.backbone.features import as_map, check_sample, outside_inference_mode
+from rg.guidance.updates import FLOW, prediction_type
 from rg.heads.protocol import EnergyHead, FunctionHead
 
 if TYPE_CHECKING:
@@ -82,7 +78,8 @@ def check_weights(name: str, network: nn.Module) -> None:
 
 @contextmanager
 def expose_cfg_flag(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Makes a pipeline say whether it guides by text. PixArt's have no such property: they tell their encode_prompt."""
+    """Makes a pipeline say whether its batch has an unconditional half. PixArt's have no such property: they tell their
+    encode_prompt. Flux's batch never has one."""
     if hasattr(type(pipe), CFG_FLAG):
         yield
         return
@@ -96,7 +93,10 @@ def expose_cfg_flag(pipe: DiffusionPipeline) -> Iterator[None]:
         setattr(pipe, CFG_FLAG, do_classifier_free_guidance)
         return encode(prompt, do_classifier_free_guidance, *args, **kwargs)
 
-    pipe.encode_prompt = encode_prompt
+    if family_of(denoiser_of(pipe)).branches == "never":
+        setattr(pipe, CFG_FLAG, False)
+    else:
+        pipe.encode_prompt = encode_prompt
     try:
         yield
     finally:
@@ -147,25 +147,25 @@ class _DenoiserHook(ModelHook):
         super().__init__()
         self.call = call
 
-    def new_forward(
-        self, module: nn.Module, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any
-    ) -> UNet2DConditionOutput | tuple[Tensor]:
-        if args:
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> UNet2DConditionOutput | tuple[Tensor]:
+        family = family_of(module)
+        given = dict(zip((family.sample, "timestep"), args, strict=False)) | kwargs
+        if len(args) > 2:
             raise TypeError("a guided denoiser takes keyword arguments after (sample, timestep)")
-        return_dict = kwargs.pop("return_dict", True)
+        sample, timestep = family.unpacked(given.pop(family.sample), given), given.pop("timestep")
+        return_dict = given.pop("return_dict", True)
         check_sample(module, sample)
 
         def forward(sample: Tensor, timestep: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
-            return self.fn_ref.original_forward(sample, timestep=timestep.expand(len(sample)), **inputs)
+            return family.call(self.fn_ref.original_forward, sample, timestep.expand(len(sample)), **inputs)
 
         # No gradient is to be had of what is made in inference mode, which a caller may be in.
         if torch.is_inference_mode_enabled():
             check_weights("denoiser", module)  # offloading may have brought them just now
         with torch.inference_mode(False), torch.no_grad():
-            timestep = torch.as_tensor(timestep, device=sample.device)
-            if is_transformer(module):
-                timestep = timestep.flatten()[0]  # PixArt's pipelines repeat it for every row
-            output = self.call(forward, *outside_inference_mode((sample, timestep)), **outside_inference_mode(kwargs))
+            timestep = family.scheduler_time(torch.as_tensor(timestep, device=sample.device))
+            output = self.call(forward, *outside_inference_mode((sample, timestep)), **outside_inference_mode(given))
+            output = family.packed(output)
         if not return_dict:
             return (output,)
         return UNet2DConditionOutput(sample=output)
@@ -266,13 +266,32 @@ SCHEDULERS = (
     *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
 )
 PREDICTIONS = ("epsilon", "v_prediction")
+# For x_t = (1 - s) x0 + s noise, whose s is known at every call.
+FLOW_SCHEDULERS = (
+    *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
+)
 # Rules that take part in the scheduler's step, whose formula they have to know; the others go with all of the above.
 OWN_SCHEDULERS = dict.fromkeys(("adam", "dsg", "freedom", "mpgd", "repeats"), DDIMScheduler)
 
 
-def check_scheduler(scheduler: SchedulerMixin, update: str, *, repeats: bool = False) -> None:
-    """Raises ValueError when there is no guidance rule for this scheduler, or no way to repeat its steps."""
+def check_scheduler(scheduler: SchedulerMixin, update: str, *, repeats: bool = False, flow: bool = False) -> None:
+    """Raises ValueError when there is no guidance rule for this scheduler, or no way to repeat its steps.
+
+    Args:
+        flow: whether it is to be one for a flow-matching model.
+    """
     name = type(scheduler).__name__
+    (_check_flow if flow else _check_variance_preserving)(scheduler, name)
+    if not isinstance(scheduler, OWN_SCHEDULERS.get(update, SchedulerMixin)):
+        raise ValueError(
+            f"scheduler: update={update} is defined for {OWN_SCHEDULERS[update].__name__}, got {name}; use update=score"
+        )
+    if repeats and not isinstance(scheduler, OWN_SCHEDULERS["repeats"]):
+        raise ValueError(f"scheduler: repeats are defined for {OWN_SCHEDULERS['repeats'].__name__}, got {name}")
+
+
+def _check_variance_preserving(scheduler: SchedulerMixin, name: str) -> None:
     if not any(base.__name__ in SCHEDULERS for base in type(scheduler).__mro__):
         raise ValueError(f"scheduler: expected a variance-preserving one of {SCHEDULERS}, got {name}")
     if scheduler.config.get("use_flow_sigmas", False):
@@ -281,12 +300,18 @@ def check_scheduler(scheduler: SchedulerMixin, update: str, *, repeats: bool = F
         raise ValueError(
             f"scheduler: prediction_type is {scheduler.config.prediction_type!r}, expected one of {PREDICTIONS}"
         )
-    if not isinstance(scheduler, OWN_SCHEDULERS.get(update, SchedulerMixin)):
+
+
+def _check_flow(scheduler: SchedulerMixin, name: str) -> None:
+    config = scheduler.config
+    known = any(base.__name__ in FLOW_SCHEDULERS for base in type(scheduler).__mro__)
+    if not known or not config.get("use_flow_sigmas", True) or prediction_type(scheduler) != FLOW:
         raise ValueError(
-            f"scheduler: update={update} is defined for {OWN_SCHEDULERS[update].__name__}, got {name}; use update=score"
+            f"scheduler: the denoiser is a flow-matching one, expected one of {FLOW_SCHEDULERS}, where they have them "
+            f"with use_flow_sigmas=True and prediction_type={FLOW!r}, got {name}"
         )
-    if repeats and not isinstance(scheduler, OWN_SCHEDULERS["repeats"]):
-        raise ValueError(f"scheduler: repeats are defined for {OWN_SCHEDULERS['repeats'].__name__}, got {name}")
+    if config.get("invert_sigmas", False):
+        raise ValueError("scheduler: expected invert_sigmas=False, got True: no rule knows noise levels that rise")
 
 
 @contextmanager
@@ -341,12 +366,15 @@ def shifted_taps(denoiser: nn.Module, sample: Tensor, change: Callable[[int, Ten
         change: of a feature (B, C, h, w) in float32; None leaves it alone.
     """
 
-    def shift(number: int, output: Tensor) -> Tensor:
-        moved = change(number, as_map(output, denoiser, sample).float())
+    family = family_of(denoiser)
+
+    def shift(number: int, output: TapOutput) -> TapOutput:
+        tokens = family.tokens(output)
+        moved = change(number, as_map(tokens, denoiser, sample).float())
         if moved is None:
             return output
-        moved = moved if output.ndim == 4 else moved.flatten(2).transpose(1, 2)
-        return (output + moved).to(output.dtype)
+        moved = moved if tokens.ndim == 4 else moved.flatten(2).transpose(1, 2)
+        return family.with_tokens(output, (tokens + moved).to(tokens.dtype))
 
     handles = [
         tap.register_forward_hook(lambda _tap, _given, output, number=number: shift(number, output))

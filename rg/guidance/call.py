@@ -29,7 +29,7 @@ def running_call(pipe: DiffusionPipeline) -> Call:
     Pipelines that share a denoiser share its hooks: only the stack says whose branches, steps and scheduler these are.
 
     Raises:
-        ValueError: another pipeline calls the denoiser, or none.
+        ValueError: another pipeline calls the denoiser, or none; or twice a step.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -42,6 +42,11 @@ def running_call(pipe: DiffusionPipeline) -> Call:
         found = "a call from outside it" if frame is None else f"one of {type(caller).__name__} with the same denoiser"
         raise ValueError(f"pipeline: guidance is attached to a {type(pipe).__name__}, got {found}; attach to what runs")
     given = frame.f_locals
+    if given.get("do_true_cfg"):
+        raise ValueError(
+            f"true_cfg_scale: expected 1 or no negative prompt, got {given['true_cfg_scale']}: the pipeline then calls "
+            "its denoiser twice a step"
+        )
     size = (given["orig_height"], given["orig_width"]) if "orig_height" in given else None
     # A callback may have changed it; PixArt's pipelines keep it nowhere else.
     scale = getattr(pipe, "guidance_scale", given.get("guidance_scale"))

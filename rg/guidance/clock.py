@@ -4,6 +4,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from rg.backbone.denoiser import denoiser_of
+from rg.backbone.families import family_of
 from rg.guidance.updates import alpha_bar
 
 
@@ -29,7 +31,8 @@ class StepClock:
             times = self.timesteps.tolist()
             self.coming = [times[start:] for start in range(len(times))]
         now = timestep.item()
-        self.coming = [times[1:] for times in self.coming if times and abs(times[0] - now) < 0.5]
+        near = max(0.5, now * family_of(denoiser_of(self.pipe)).time_rounding())
+        self.coming = [times[1:] for times in self.coming if times and abs(times[0] - now) < near]
         if not self.coming:
             raise ValueError(
                 f"pipeline: expected one call of the denoiser for each of the scheduler's timesteps, in their order, "

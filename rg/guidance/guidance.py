@@ -1,6 +1,6 @@
 """Readout guidance: the gradient of an energy on readouts steers sampling (Luo et al., 2024, section 3.3).
 
-`with guidance.attach(pipe): pipe(...)` works on diffusers pipelines around a U-Net or PixArt's transformer; the
+`with guidance.attach(pipe): pipe(...)` works on diffusers pipelines of the families of rg.backbone.families; the
 pipeline, its scheduler and its arguments stay the user's own.
 """
 
@@ -13,7 +13,8 @@ from typing import Any, Self
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from rg.backbone.denoiser import check_pipeline
+from rg.backbone.denoiser import check_pipeline, denoiser_of
+from rg.backbone.families import family_of
 from rg.guidance.attach import answering, check_scheduler, scheduler_step, shift_scheduler_input
 from rg.guidance.rules import RULES, Repeats, Rule, Update, rule_of
 from rg.guidance.step import GuidedStep, RecordedStep, StepTrace
@@ -165,7 +166,8 @@ class ReadoutGuidance:
             ValueError: the pipeline or its scheduler has no rule, or a head was made for another backbone.
         """
         check_pipeline(pipe)
-        check_scheduler(pipe.scheduler, self.update, repeats=self.repeats is not None)
+        flow = family_of(denoiser_of(pipe)).flow
+        check_scheduler(pipe.scheduler, self.update, repeats=self.repeats is not None, flow=flow)
         with answering(pipe, self, GuidedStep) as step, ExitStack() as stack:
             if self.rule.moves == "input":
                 stack.enter_context(shift_scheduler_input(pipe.scheduler, step.pending_shift))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rg.backbone.conditions import Condition
 from rg.backbone.denoiser import denoiser_of, latent_channels
+from rg.backbone.families import family_of
 from rg.backbone.features import predict, select_rows
 from rg.guidance.attach import check_scheduler, shifted_taps
 from rg.guidance.call import Call, check_call, running_call
@@ -18,7 +19,7 @@ from rg.guidance.clock import Images, StepClock
 from rg.guidance.energy import Reading, energy_and_feature_gradients, energy_and_gradient, readouts
 from rg.guidance.targets import ReferenceTarget
 from rg.guidance.transition import ScheduledStep
-from rg.guidance.updates import Transition, alpha_bar
+from rg.guidance.updates import Transition, alpha_bar, prediction_type
 
 if TYPE_CHECKING:
     from rg.guidance.guidance import ReadoutGuidance
@@ -115,7 +116,8 @@ class GuidedStep:
         check_call(self.pipe, guidance.update, moves=guidance.rule.moves, repeats=guidance.repeats is not None)
         if guidance.update == "dsg" and not call.eta:
             raise ValueError("eta: update=dsg turns the noise that the scheduler adds; expected above 0, got 0")
-        check_scheduler(self.pipe.scheduler, guidance.update, repeats=guidance.repeats is not None)
+        flow = family_of(self.reader.denoiser).flow
+        check_scheduler(self.pipe.scheduler, guidance.update, repeats=guidance.repeats is not None, flow=flow)
         if guidance.joins_scheduler and self.pipe.scheduler is not self.scheduler:
             what = f"update={guidance.update}" if guidance.rule.joins_scheduler else "repeats"
             raise ValueError(
@@ -167,13 +169,13 @@ class GuidedStep:
         images, channels = gradient.shape[:2]
         rows = self.reader.rows(len(sample))
         seen, given = (output[rows], sample[rows]) if reading is None else (reading.output, reading.latent)
-        scheduler = self.pipe.scheduler
+        abar = alpha_bar(self.pipe.scheduler, timestep)
         return rule(
             gradient,
             seen[:images, :channels],
             given[:images, :channels],
-            alpha_bar(scheduler, timestep).to(gradient),
-            prediction_type=scheduler.config.prediction_type,
+            abar.to(gradient.device, torch.promote_types(abar.dtype, gradient.dtype)),
+            prediction_type=prediction_type(self.pipe.scheduler),
         )
 
     def _move_sample(self, rule: Callable[..., Tensor], gradient: Tensor, step: Transition) -> Tensor:

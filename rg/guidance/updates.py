@@ -1,7 +1,8 @@
 """The rules by which a gradient moves a sampling step, as pure functions, and what they need of the schedule.
 
-Gradients and latents are (B, C, h, w). abar is abar_t, the share of signal in x_t's variance (Ho et al., 2020). Rules
-with a `strength` multiply by it the coefficient that their paper names, whose default is what strength 1 is.
+Gradients and latents are (B, C, h, w). abar is abar_t, the share of signal in x_t's variance (Ho et al., 2020); flow
+matching's x_t = (1 - s) x0 + s noise has (1 - s)^2 / ((1 - s)^2 + s^2). Rules with a `strength` multiply by it the
+coefficient that their paper names, whose default is what strength 1 is.
 """
 
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ def score(
     prediction_type: str,
     normalize: str | None = None,
 ) -> Tensor:
-    """The change of a model's output that adds scale * sqrt(1 - abar) * gradient to its noise prediction.
+    """The change of a model's output that adds scale * n * gradient to its noise prediction, with n the noise in x_t.
 
-    The classifier-guidance form of Luo et al., 2024, section 3.3 (Dhariwal and Nichol, 2021, algorithm 2).
+    The classifier-guidance form of Luo et al., 2024, section 3.3 (Dhariwal and Nichol, 2021, algorithm 2), where n is
+    sqrt(1 - abar). Flow matching has n = s, and its velocity changes by scale * s / (1 - s) * gradient.
 
     Args:
         output, x_t: the model's output in its prediction type, and what it was given; read with normalize alone.
@@ -37,7 +39,7 @@ def score(
         size = gradient.flatten(1).square().mean(1).sqrt().clamp_min(1e-12)
         reference = noise.flatten(1).square().mean(1).sqrt()
         gradient = gradient * (reference / size).view(-1, 1, 1, 1)
-    return noise_to_output(scale * (1 - abar).sqrt() * gradient, prediction_type, abar)
+    return noise_to_output(scale * noise_level(prediction_type, abar) * gradient, prediction_type, abar)
 
 
 def adam(gradient: Tensor, learning_rate: float) -> Tensor:
@@ -58,8 +60,12 @@ def velocity_norm(
     """The change of a model's output that adds weight * |v| * gradient / |gradient| to its velocity, image by image.
 
     v = sqrt(abar) noise - sqrt(1 - abar) x0 is the velocity of the path from x0 to the noise along the angle whose
-    cosine is sqrt(abar) (Salimans and Ho, 2022): flow matching's (FMRG, 2026), on a variance-preserving path.
+    cosine is sqrt(abar) (Salimans and Ho, 2022): flow matching's (FMRG, 2026), on a variance-preserving path. A
+    flow-matching model gives its own.
     """
+    if prediction_type == FLOW:
+        change = strength * weight * lengths(output.float()) * directions(gradient)
+        return change.to(gradient) if holds_signal(prediction_type, abar) else torch.zeros_like(gradient)
     noise = output_to_noise(output.float(), x_t.float(), prediction_type, abar)
     # sqrt(abar) v, so that nothing is divided by abar
     velocity = noise - (1 - abar).sqrt() * x_t
@@ -150,7 +156,8 @@ def directions(value: Tensor) -> Tensor:
 
 
 def alpha_bar(scheduler: SchedulerMixin, timestep: Tensor) -> Tensor:
-    """abar_t of the coming step's timestep, scalar in [0, 1]; 1 / (1 + sigma^2) where the scheduler keeps sigmas.
+    """abar_t of the coming step's timestep, scalar in [0, 1]; 1 / (1 + sigma^2) where the scheduler keeps sigmas, and
+    (1 - sigma)^2 / ((1 - sigma)^2 + sigma^2) in float64 where they are flow matching's.
 
     Sigmas come first, by the scheduler's own count of steps: fractional timesteps are in no table, and Karras spacing
     rounds several noise levels to one timestep.
@@ -160,27 +167,60 @@ def alpha_bar(scheduler: SchedulerMixin, timestep: Tensor) -> Tensor:
     if not hasattr(scheduler, "sigmas"):
         return scheduler.alphas_cumprod[timestep.long().cpu()]
     index = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
+    if prediction_type(scheduler) == FLOW:
+        if index is None:  # the nearest, as half precision rounds timesteps
+            index = (scheduler.timesteps.to(timestep) - timestep).abs().argmin().item()
+        noise = scheduler.sigmas[index].double()
+        return (1 - noise) ** 2 / ((1 - noise) ** 2 + noise**2)
     if index is None:
         index = scheduler.index_for_timestep(timestep)
     return 1 / (1 + scheduler.sigmas[index] ** 2)
 
 
+# What diffusers calls a model that predicts noise - x0; flow matching's own schedulers know of nothing else.
+FLOW = "flow_prediction"
+
+
+def prediction_type(scheduler: SchedulerMixin) -> str:
+    """What a scheduler takes the model's output for: "epsilon", "v_prediction", FLOW or another of diffusers'."""
+    return scheduler.config.get("prediction_type", FLOW)
+
+
 # abar below which x_t holds no signal to steer. Schedules of zero terminal SNR end in 0, or in 2^-24 where a scheduler
 # keeps sigmas; others in 5e-3, and a hundred steps of such a schedule stay above 2e-5.
 NO_SIGNAL = 1e-5
+# The same of flow matching, in s: near 1 the factor 1 / (1 - s) makes much of what a readout sees in noise.
+MOST_NOISE = 0.98
+
+
+def noise_level(prediction_type: str, abar: Tensor) -> Tensor:
+    """The factor of the noise in x_t, scalar: sqrt(1 - abar), or flow matching's s."""
+    noise = (1 - abar).sqrt()
+    return noise / (noise + abar.sqrt()) if prediction_type == FLOW else noise
+
+
+def holds_signal(prediction_type: str, abar: Tensor) -> bool:
+    """Whether a velocity at x_t is steered."""
+    if prediction_type == FLOW:
+        return bool(noise_level(prediction_type, abar) <= MOST_NOISE + 1e-6)
+    return bool(abar > NO_SIGNAL)
 
 
 def noise_to_output(delta: Tensor, prediction_type: str, abar: Tensor) -> Tensor:
     """A change of the noise prediction as a change of the model's output, at fixed x_t.
 
-    v = (eps - sqrt(1 - abar) x_t) / sqrt(abar) (Salimans and Ho, 2022), so delta_v = delta_eps / sqrt(abar); zero where
-    abar is below NO_SIGNAL.
+    v = (eps - sqrt(1 - abar) x_t) / sqrt(abar) (Salimans and Ho, 2022), so delta_v = delta_eps / sqrt(abar); flow
+    matching's v = (eps - x_t) / (1 - s), so delta_v = delta_eps / (1 - s). Both are zero where x_t holds no signal.
     """
     if prediction_type == "epsilon":
         return delta
-    return delta / abar.sqrt() if abar > NO_SIGNAL else torch.zeros_like(delta)
+    if not holds_signal(prediction_type, abar):
+        return torch.zeros_like(delta)
+    return delta / (1 - noise_level(prediction_type, abar) if prediction_type == FLOW else abar.sqrt())
 
 
 def output_to_noise(output: Tensor, x_t: Tensor, prediction_type: str, abar: Tensor) -> Tensor:
-    """The noise prediction in a model's output at x_t: eps = sqrt(abar) v + sqrt(1 - abar) x_t."""
+    """The noise prediction in a model's output at x_t: eps = sqrt(abar) v + sqrt(1 - abar) x_t, or x_t + (1 - s) v."""
+    if prediction_type == FLOW:
+        return x_t + (1 - noise_level(prediction_type, abar)) * output
     return output if prediction_type == "epsilon" else abar.sqrt() * output + (1 - abar).sqrt() * x_t

@@ -13,7 +13,7 @@ from rg.backbone.diffusion import DiffusionBackbone
 from rg.backbone.loading import check_folder, find_pipeline, load_pipeline
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from tests.checkpoints import save_checkpoint
-from tests.families import FAMILIES, MODELS, build, denoise
+from tests.families import FAMILIES, FLOW_MODELS, MODELS, build, denoise
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_backbone_of_every_model_loads_and_runs(folders, tokenizer, model, pre
     torch.testing.assert_close(denoise(backbone.pipeline, model, guidance, steps=2), plain, rtol=0.02, atol=0.05)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in MODELS])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in (*MODELS, *FLOW_MODELS)])
 def test_pipelines_on_top_of_a_model_save_and_load(tokenizer, tmp_path, family):
     pipe = build(family, tokenizer)
     pipe.save_pretrained(tmp_path)
@@ -257,3 +257,27 @@ def test_a_single_file_that_is_none_is_one_clear_error(checkpoint, tmp_path):
     path.write_bytes(whole)
     (tmp_path / "model_index.json").unlink()
     refused("expected its configuration beside it", FileNotFoundError)
+
+
+@pytest.mark.parametrize("model", FLOW_MODELS)
+def test_a_backbone_of_flow_matching_loads_and_runs(tokenizer, tmp_path, model):
+    pipe = build(model, tokenizer)
+    pipe.save_pretrained(tmp_path)
+    backbone = DiffusionBackbone.from_pretrained(str(tmp_path), device="cpu")
+    assert type(backbone.pipeline.scheduler) is type(pipe.scheduler) and backbone.flow
+    side = 512 if model == "flux" else 32  # its transformer knows no size: the pipeline's latents are 128x128
+    assert (backbone.resolution, backbone.latent_channels) == ((side, side), 4)
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
+    mean, std = backbone.encode(images)
+    assert mean.shape == std.shape == (2, 4, 8, 12)
+    # What the pipeline itself makes of these latents.
+    latents = backbone.pipeline.vae.encode(images)
+    latents = latents.latent_dist.mean if hasattr(latents, "latent_dist") else latents.latent
+    config = backbone.vae.config
+    torch.testing.assert_close(mean, (latents - (config.get("shift_factor") or 0)) * config.scaling_factor)
+    torch.testing.assert_close(backbone.decode(mean), backbone.vae.decode(latents).sample.clamp(-1, 1))
+    timesteps = torch.tensor([20, 800])
+    first, second = (backbone.predict(mean, timesteps, prompt) for prompt in ("", "grass at dusk"))
+    assert first.output.shape == mean.shape and not torch.equal(first.output, second.output)
+    assert [feature.shape[1] for feature in first.features] == backbone.tap_channels
+    assert backbone.embed_time(timesteps).shape == (2, backbone.time_embed_dim)

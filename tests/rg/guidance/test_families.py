@@ -6,13 +6,19 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
 from rg.backbone.denoiser import denoiser_of
 from rg.backbone.diffusion import DiffusionBackbone
+from rg.backbone.families import family_of
 from rg.backbone.features import predict, select_rows
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
 from rg.guidance.updates import alpha_bar
 from rg.heads.protocol import FunctionHead
 from rg.heads.spatial import SpatialHead
-from tests.families import FAMILIES, MODELS, build, denoise, mostly_slow
+from tests.families import FAMILIES, FLOW_MODELS, MODELS, build, denoise, is_flow, mostly_slow
+
+RMS = {"normalize": "rms", "readout_scale": 1.0}
+# Families of a model that is tested anyway, and those whose many sizes and batches are fast tests.
+VARIANTS = ("sd35", "flux_schnell")
+SIZED = ("sd15", "sdxl_controlnet", "pixart")
 
 
 def brightness(features, time_embedding):
@@ -23,15 +29,23 @@ def brightness(features, time_embedding):
 def calls_of(pipe):
     """A list that gets (sample, timestep, other arguments, output) of every call that the pipeline makes."""
     calls = []
+    family, ids = family_of(denoiser_of(pipe)), {}
 
     def before(_module, given, others):
-        others = select_rows(others, slice(None), len(given[0]))
-        timestep = given[1] if len(given) > 1 else others.pop("timestep")[0]
-        calls.append([given[0].clone(), timestep, others])
+        sample = given[0] if given else others["hidden_states"]
+        others = select_rows(others, slice(None), len(sample))
+        others.pop("hidden_states", None)
+        timestep = given[1] if len(given) > 1 else others.pop("timestep")
+        ids.update({name: others[name] for name in ("img_ids", "txt_ids") if name in others})
+        sample = family.unpacked(sample.clone(), others)
+        calls.append([sample, family.scheduler_time(torch.as_tensor(timestep)), others])
+
+    def after(_module, _given, output):
+        calls[-1].append(family.unpacked(output[0], dict(ids)))
 
     handles = [
         denoiser_of(pipe).register_forward_pre_hook(before, with_kwargs=True),
-        denoiser_of(pipe).register_forward_hook(lambda _m, _g, output: calls[-1].append(output[0])),
+        denoiser_of(pipe).register_forward_hook(after),
     ]
     return calls, handles
 
@@ -75,22 +89,28 @@ def test_what_is_added_is_the_gradient_of_the_energy(tokenizer, family):
     # Both branches: rows, residuals and extra input channels as the pipeline itself gives them; no call of one's own.
     pipe = build(family, tokenizer)
     calls, handles = calls_of(pipe)
-    denoise(pipe, family, steps=2)
+    # Flow matching's first step is left alone: it has no signal.
+    first, steps = (1, 3) if is_flow(family) else (0, 2)
+    denoise(pipe, family, steps=steps)
     count = len(calls)
-    denoise(pipe, family, ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=1e3, branch="both"), steps=2)
+    denoise(pipe, family, ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=1e3, branch="both"), steps=steps)
     for handle in handles:
         handle.remove()
-    (sample, timestep, others, plain), (_, _, _, guided) = calls[0], calls[count]
+    (sample, timestep, others, plain), (_, _, _, guided) = calls[first], calls[count + first]
     denoiser = denoiser_of(pipe).requires_grad_(False)
     x = sample.clone().requires_grad_()
     features = predict(denoiser, x, timestep, **others).features
-    gradient = torch.autograd.grad(brightness(features, None).sum(), x)[0][:, :4].unflatten(0, (2, 2)).sum(0)
-    abar = pipe.scheduler.alphas_cumprod[timestep]
-    expected = 1e3 * (1 - abar).sqrt() * gradient
-    if pipe.scheduler.config.prediction_type == "v_prediction":
-        expected = expected / abar.sqrt()
+    gradient = torch.autograd.grad(brightness(features, None).sum(), x)[0][:, :4].unflatten(0, (-1, 2)).sum(0)
+    if is_flow(family):
+        noise = timestep / 1000
+        expected = 1e3 * noise / (1 - noise) * gradient
+    else:
+        abar = pipe.scheduler.alphas_cumprod[timestep]
+        expected = 1e3 * (1 - abar).sqrt() * gradient
+        if pipe.scheduler.config.prediction_type == "v_prediction":
+            expected = expected / abar.sqrt()
     assert expected.abs().max() > 0.01
-    delta = expected.repeat(2, 1, 1, 1)
+    delta = expected.repeat(len(sample) // 2, 1, 1, 1).float()
     torch.testing.assert_close((guided - plain)[:, :4], delta, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(guided[:, 4:], plain[:, 4:])  # PixArt's variance
 
@@ -98,7 +118,7 @@ def test_what_is_added_is_the_gradient_of_the_energy(tokenizer, family):
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        *((family, {"normalize": "rms", "readout_scale": 1.0}) for family in FAMILIES),
+        *(pytest.param(family, RMS, marks=[pytest.mark.slow] * (family in VARIANTS)) for family in FAMILIES),
         *((family, {"update": "adam", "learning_rate": 0.3}) for family in ("sd21", "sdxl", "sdxl_adapter", "pixart")),
         *((family, {"update": "adam", "learning_rate": 0.3, "branch": "both"}) for family in ("sd15_inpaint",)),
         ("pixart", {"normalize": "rms", "checkpointing": True}),
@@ -114,7 +134,7 @@ def test_the_guided_energy_falls(tokenizer, family, settings):
     assert (guidance.trace[-1].energy < unguided.trace[-1].energy).all()
 
 
-@pytest.mark.parametrize("family", mostly_slow([*MODELS, "sdxl_controlnet", "sd15_adapter"]))
+@pytest.mark.parametrize("family", mostly_slow([*MODELS, *FLOW_MODELS, "sdxl_controlnet", "sd15_adapter"], SIZED))
 @pytest.mark.parametrize(
     "changes",
     [
@@ -129,18 +149,22 @@ def test_the_guided_energy_falls(tokenizer, family, settings):
 )
 def test_sizes_batches_and_prompts(tokenizer, tiny_head, family, changes):
     pipe = build(family, tokenizer)
+    if family == "sana" and "size" in changes:  # its pipeline takes multiples of 32 alone
+        changes = changes | {"size": tuple(side // 48 * 64 or 32 for side in changes["size"])}
+    steps = 3 if is_flow(family) else 2  # of two, one has no signal and the other no noise
     head = tiny_head(denoiser_of(pipe), variant="rgb", time_convention="mirrored")
     height, width = changes.get("size", (32, 32))
     control = FixedTarget(torch.rand(1, 3, height, width) * 2 - 1)
     guidance = ReadoutGuidance([GuidanceTerm(head, control)], readout_scale=0.0, keep_readouts=True)
-    plain = denoise(pipe, family, steps=2, **changes)
-    torch.testing.assert_close(denoise(pipe, family, guidance, steps=2, **changes), plain, rtol=1e-5, atol=1e-5)
+    plain = denoise(pipe, family, steps=steps, **changes)
+    torch.testing.assert_close(denoise(pipe, family, guidance, steps=steps, **changes), plain, rtol=1e-5, atol=1e-5)
     readout = guidance.trace[-1].readouts[0]
-    cell = 4 if family == "pixart" else 2  # pixels: two cells per latent, or per patch of 2x2 latents, of 4x4 pixels
+    # Pixels: two cells per latent of 4x4 pixels, or per patch of 2x2 latents.
+    cell = 2 * family_of(denoiser_of(pipe)).patch()
     assert readout.shape == (len(plain), 3, height // cell, width // cell)
-    assert guidance.trace[-1].energy.shape == (len(plain),) and len(guidance.trace) == 2
+    assert guidance.trace[-1].energy.shape == (len(plain),) and len(guidance.trace) == steps
     strong = ReadoutGuidance([GuidanceTerm(head, control)], normalize="rms", readout_scale=0.5)
-    assert not torch.allclose(denoise(pipe, family, strong, steps=2, **changes), plain, atol=1e-2)
+    assert not torch.allclose(denoise(pipe, family, strong, steps=steps, **changes), plain, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +187,15 @@ def test_sizes_batches_and_prompts(tokenizer, tiny_head, family, changes):
         ("pixart", {"max_sequence_length": 20}, "own"),
         ("pixart", {"guidance_scale": 1.0}, "own"),
         ("pixart", {"guidance_scale": 1.0, "prompt": ["", ""]}, "shared"),
+        ("sd3", {}, "shared"),
+        ("sd3", {"negative_prompt": ["sand"] * 2}, "own"),
+        ("sd3", {"guidance_scale": 1.0}, "own"),
+        ("sana", {}, "shared"),
+        ("sana", {"negative_prompt": "sand"}, "own"),
+        # Told the scale that a head is trained under.
+        ("flux", {"guidance_scale": 3.5}, "own"),
+        ("flux", {"guidance_scale": 3.5, "prompt": ["", ""]}, "shared"),
+        ("flux_schnell", {"max_sequence_length": 256}, "own"),
         ("pixart_alpha", {}, "shared"),
         ("pixart_alpha", {"negative_prompt": "sand", "size": (32, 48)}, "own"),
     ],
@@ -227,8 +260,9 @@ def test_the_pipelines_own_arguments_keep_their_meaning(tokenizer, family, argum
         torch.testing.assert_close(denoise(pipe, family, guidance, **arguments), plain, rtol=1e-5, atol=1e-5)
 
 
-def test_a_pose_head_learns_on_a_saved_transformer_and_guides_it(tokenizer, poses, tmp_path):
-    build("pixart", tokenizer).save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("family", mostly_slow(["pixart", *FLOW_MODELS], ("pixart",)))
+def test_a_pose_head_learns_on_a_saved_transformer_and_guides_it(tokenizer, poses, tmp_path, family):
+    build(family, tokenizer).save_pretrained(tmp_path / "model")
     backbone = DiffusionBackbone.from_pretrained(str(tmp_path / "model"), device="cpu")
     torch.manual_seed(0)
     widths = {name: getattr(backbone, name) for name in ("tap_channels", "time_embed_dim", "condition_dim")}
@@ -253,8 +287,8 @@ def test_a_pose_head_learns_on_a_saved_transformer_and_guides_it(tokenizer, pose
     unguided = ReadoutGuidance([term], readout_scale=0.0)
     guidance = ReadoutGuidance([term], normalize="rms")
     for each in (unguided, guidance):
-        denoise(pipe, "pixart", each, steps=10)
-    assert [step.condition for step in guidance.trace] == ["shared"] * 10
+        denoise(pipe, family, each, steps=10)
+    assert [step.condition for step in guidance.trace] == ["own" if family == "flux" else "shared"] * 10
     assert (guidance.trace[-1].energy < unguided.trace[-1].energy).all()
     assert (guidance.trace[-1].energy < guidance.trace[0].energy).all()
 

@@ -8,7 +8,10 @@ from rg.backbone.diffusion import DiffusionBackbone
 from rg.backbone.features import predict
 from rg.guidance.energy import PEAK, Reading, energy_and_gradient, gradient_at
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
-from tests.families import MODELS, build, denoise
+from tests.families import FLOW_MODELS, MODELS, build, denoise, is_flow, mostly_slow
+
+# Families whose runs in half precision are fast tests, of those without flow matching.
+OFTEN = ("sd15", "sdxl", "sdxl_adapter", "pixart")
 
 
 def brightness(features, time_embedding):
@@ -49,7 +52,7 @@ def cosine(one, other):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, *FLOW_MODELS])
 def test_gradient_in_half_precision_is_that_in_float32(tokenizer, model, dtype):
     exact = gradient_of(build(model, tokenizer), brightness)
     half = build(model, tokenizer, dtype=dtype)
@@ -93,16 +96,17 @@ def test_features_that_nothing_depends_on_are_named():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_adapter", "pixart"])
+@pytest.mark.parametrize("family", mostly_slow([*OFTEN, *FLOW_MODELS], (*OFTEN, "sana")))
 def test_guided_runs_in_half_precision(tokenizer, family, dtype):
     pipe = build(family, tokenizer, dtype=dtype)
-    terms = [GuidanceTerm(brightness)]
-    plain = denoise(pipe, family, steps=3)
+    terms, steps = [GuidanceTerm(brightness)], 6 if is_flow(family) else 3
+    plain = denoise(pipe, family, steps=steps)
     zero = ReadoutGuidance(terms, readout_scale=0.0)
-    torch.testing.assert_close(denoise(pipe, family, zero, steps=3), plain, rtol=0.02, atol=0.05)
-    for settings in ({"normalize": "rms", "readout_scale": 1.0}, {"update": "adam", "learning_rate": 0.3}):
+    torch.testing.assert_close(denoise(pipe, family, zero, steps=steps), plain, rtol=0.02, atol=0.05)
+    rules = [{"normalize": "rms", "readout_scale": 1.0}]
+    for settings in rules if is_flow(family) else [*rules, {"update": "adam", "learning_rate": 0.3}]:
         guidance = ReadoutGuidance(terms, **settings)
-        assert denoise(pipe, family, guidance, steps=3).isfinite().all()
+        assert denoise(pipe, family, guidance, steps=steps).isfinite().all()
         assert (guidance.trace[-1].energy < zero.trace[-1].energy).all()
 
 
@@ -136,7 +140,7 @@ def test_an_autoencoder_that_overflows_is_named_instead_of_black_images(tokenize
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, *FLOW_MODELS])
 def test_a_half_precision_backbone_keeps_its_autoencoder_in_float32(tokenizer, model, dtype):
     exact, half = DiffusionBackbone(build(model, tokenizer)), DiffusionBackbone(build(model, tokenizer, dtype=dtype))
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
