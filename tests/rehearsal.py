@@ -81,7 +81,8 @@ def commands(model: str) -> list[list[str]]:
     own += [f"data.builder.root=data/{model}_own", "data.size=null", "data.val_size=null"]
     steps = ["data.batch_size=4", "data.epoch_batches=2", "trainer.max_steps=4", "trainer.check_val_every_n_epoch=1"]
     use = [f"head.path=outputs/{model}/latest/head", "images=2", "sampling.num_inference_steps=3", *extra]
-    judge = ["world.detector.folder=detector"]
+    tiny = "{_target_: rg.detectors.KeypointDetector.from_pretrained, folder: detector}"
+    judge = [f"+world.detectors.tiny={tiny}", "world.judges=[tiny]"]
     coco.append("data.builder.shard_size=4")
     return [
         ["data_prep.prepare", "data=pose", "split=test", "engine.workers=2", *small, *coco],

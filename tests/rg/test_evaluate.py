@@ -158,7 +158,7 @@ def test_two_workers_make_the_same_files_as_one(evaluation, tmp_path):
         files.append([{key: value for key, value in record.items() if key != "seconds"} for record in records])
         samples.rename(tmp_path / f"samples-{len(files)}")
     assert files[:2] == files[2:] and len(files[0]) == 3 * 4
-    assert results[0]["pck"] == results[1]["pck"]
+    assert results[0]["judges"] == results[1]["judges"]
     assert not list((tmp_path / "run").glob("samples-*")), "an engine is no other setting"
 
 
