@@ -108,7 +108,7 @@ def rehearse(place: Path, say: Callable[[str], None] = print) -> dict[str, float
     for model in MODELS:
         for module, *words in commands(model):
             command, begin = [sys.executable, "-m", module, *words], time.monotonic()
-            done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
+            done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=1800)
             if done.returncode:
                 raise RuntimeError(f"{shlex.join(['python', *command[1:]])}\n{done.stdout}{done.stderr}")
             key = f"{model} {module}"

@@ -139,7 +139,7 @@ def test_a_pose_head_learns_from_photographs_that_a_network_labelled(real, photo
     ]
     environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
     command = [sys.executable, "-m", "rg.train", "+experiment=pose_100", "name=photographs", *words]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "outputs/photographs/latest/head/head.safetensors").is_file()
     manifest = Manifest.read(tmp_path / "data/sd15_folder_pose/train")
