@@ -261,6 +261,9 @@ def explain(config_name: str, error: Exception, words: Sequence[str]) -> str:
     if ambiguous := re.search(r"Ambiguous value for argument '(.*?)' 1\.", text):
         key, _, value = ambiguous[1].partition("=")
         return f"{ambiguous[1]}: a value with commas is quoted twice: '{key}=\"{value}\"'; in brackets it is a list"
+    if "Recursive interpolation" in text:
+        asked = "; ".join(word for word in words if "${" in word)
+        return f"{asked or text}: expected a value that does not lead back to itself"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return f"{unknown[1]}: no such setting; {near(unknown[1], _settings(config_name, words))}"
     if ours := re.search(r"^ValueError raised while resolving interpolation: (.*?) full_key: ", text):

@@ -108,6 +108,8 @@ class ReadoutGuidance:
         self.update, self.settings = rule_of(update)
         _check_choices(branch, normalize)
         _check_pace(start, stop, signal_window, every, strength)
+        if repeats is not None and not isinstance(repeats, Repeats):
+            raise ValueError(f"repeats: expected rg.guidance.Repeats or None, got {repeats!r}")
         if not terms:
             raise ValueError("terms: expected at least one GuidanceTerm, got none")
         prompts = {term.head.prompt for term in terms} - {None}

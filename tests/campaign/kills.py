@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,7 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from tqdm import tqdm
 
 from rg.callbacks import newest_checkpoint, read_checkpoint
 from rg.cli import compose_config
@@ -84,7 +86,7 @@ def images_left(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {path.name: path.read_bytes() for path in run.glob("samples/*.png")}
     for path in (*run.glob("samples/*.json"), *run.glob("results.json")):
         record = json.loads(path.read_text())
-        found[path.name] = json.dumps({key: record.get(key) for key in ("guided", "pck", "confidence", "images")})
+        found[path.name] = json.dumps({key: record.get(key) for key in ("judges", "agreement", "images")})
     return found
 
 
@@ -160,6 +162,7 @@ def main(words: list[str]) -> None:
     settings = {"seed": "0", "kills": "100", "full": "20", "jobs": ",".join(JOBS)}
     settings |= dict(word.split("=", 1) for word in words)
     watch.prepare()
+    tqdm.set_lock(RLock())  # its own is shared with forked processes: one that is killed there would stop all others
     jobs = settings["jobs"].split(",")
     with tempfile.TemporaryDirectory() as place:
         make(Path(place))

@@ -221,6 +221,11 @@ def test_what_a_resolver_refuses_is_said_alone():
     assert explain("train", ValueError(text), []) == "name: expected x, got 'a:b'"
 
 
+def test_a_setting_that_is_itself_is_named():
+    text = explain("train", ValueError("Recursive interpolation detected\n full_key: hydra.run.dir"), ["seed=${seed}"])
+    assert text == "seed=${seed}: expected a value that does not lead back to itself"
+
+
 def test_an_unknown_setting_is_answered_with_near_ones():
     error = ValueError("Could not override 'data.sise'.")
     text = explain("train", error, ["data.sise=3", "data=depth"])

@@ -310,6 +310,8 @@ def test_rules_and_settings_that_are_not_there_are_named(tiny_pipeline, denoise)
     ):
         with pytest.raises(ValueError, match=words):
             ReadoutGuidance(terms, **settings)
+    with pytest.raises(ValueError, match="repeats: expected rg.guidance.Repeats or None, got '/root'"):
+        ReadoutGuidance([GuidanceTerm(Quadratic())], repeats="/root")
     with pytest.raises(ValueError, match="repeats.times: expected at least 1, got 0"):
         Repeats(times=0)
     with pytest.raises(ValueError, match="repeats: expected 0 <= start <= stop <= 1, got 0.7 and 0.3"):
