@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pkgutil import resolve_name
@@ -147,11 +148,12 @@ def check(cfg: DictConfig, added: Sequence[str] = (), removed: Sequence[str] = (
         ValueError: the first setting of another type or range, with what was expected and found; a `_target_` that
             cannot be imported; a name that nobody reads, with the near ones; one taken away that is needed.
     """
-    try:
-        settings = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException:
-        settings = OmegaConf.to_container(cfg, resolve=False)
+    # As it is written first: a wrong value has the name that it was given by, not of a setting that takes it over.
+    settings = OmegaConf.to_container(cfg, resolve=False)
     _check_node(settings, "")
+    with suppress(OmegaConfBaseException):
+        settings = OmegaConf.to_container(cfg, resolve=True)
+        _check_node(settings, "")
     known = ["experiment", "sweep", *_names(settings)]
     for name in added:
         parent, _, key = name.rpartition(".")
