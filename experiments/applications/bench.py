@@ -1,6 +1,7 @@
 """What the applications share: held-out images as references, inverted once, and images made after them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from rg.guidance.guidance import GuidanceTerm
 from rg.heads import load_head
 from rg.heads.correspondence import CorrespondenceHead
 from rg.heads.relative import RelativeHead
+from rg.io.figures import image_grid, save_figure
+from rg.io.files import write_json, write_text
 from rg.io.images import from_bytes, open_saved, pixels, save_image
 from rg.metrics.statistics import paired_gain
 
@@ -167,9 +170,14 @@ class Bench:
             new = [seed + (number + 1) * count for seed in seeds]
             yield number, generate(pipe, prompts, seeds=new, guidance=guidance, **arguments)
 
+    @cached_property
+    def attributes(self) -> list[dict[str, str]]:
+        """What the classifier reads in each reference."""
+        return self.classifier.read(self.given)
+
     def attributes_kept(self, images: Tensor, names: Sequence[str] | None = None) -> Tensor:
         """Share of the attributes (B,) that the classifier reads as in the references; of all, or of those named."""
-        pairs = zip(self.classifier.read(self.given), self.classifier.read(images), strict=True)
+        pairs = zip(self.attributes, self.classifier.read(images), strict=True)
         shares = []
         for was, now in pairs:
             asked = [name for name in was if names is None or name in names]
@@ -197,6 +205,27 @@ def table(methods: Mapping[str, Mapping[str, Sequence[float]]], baseline: str, c
             row.append(text)
         lines.append(f"| {method} | {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
+
+
+def publish(
+    bench: Bench,
+    scores: Mapping[str, Mapping[str, Sequence[float]]],
+    baseline: str,
+    compared: Sequence[str],
+    grid: Mapping[str, Tensor],
+    command_line: str,
+) -> str:
+    """Writes table.md, grid.png and results.json into the bench's folder; returns the table, see `table`.
+
+    Args:
+        grid: rows of images (N, 3, H, W) in [0, 1] by name.
+    """
+    text = table(scores, baseline, compared)
+    save_figure(image_grid(dict(grid), side=128), bench.run_dir / "grid.png")
+    write_text(bench.run_dir / "table.md", text)
+    results = {"command": command_line, "images": len(bench.samples), "scores": scores}
+    write_json(bench.run_dir / "results.json", results)
+    return text
 
 
 def check_methods(methods: DictConfig) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Generator, Tensor
 
-from experiments.applications.bench import Bench, Heads, check_methods, table
+from experiments.applications.bench import Bench, Heads, check_methods, publish
 from experiments.quality.relative import RawFeatures
 from rg.cli import claimed, command
 from rg.data.samples import Samples
@@ -29,8 +29,6 @@ from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import ReferenceTarget
 from rg.heads.correspondence import CorrespondenceHead, nearest
 from rg.heads.relative import pick
-from rg.io.figures import image_grid, save_figure
-from rg.io.files import write_json, write_text
 from rg.io.images import from_bytes, to_bytes
 from rg.points import KEYPOINTS, Size, cells, inside, rescale
 
@@ -180,13 +178,9 @@ def run(cfg: DictConfig, run_dir: Path, command_line: str) -> str:
         bench = DragBench(cfg, run_dir)
         images = {name: bench.make(name, m, bench.terms, prompts=bench.samples.prompt) for name, m in methods.items()}
         scores = {name: bench.score(made) for name, made in {"reference": bench.given, **images}.items()}
-        text = table(scores, "unguided", ["distance"])
         shown = {name: made[:GRID] for name, made in {"reference": bench.given, **images}.items()}
         grid = {name: draw_arrows((made + 1) / 2, bench.drags) for name, made in shown.items()}
-        save_figure(image_grid(grid, side=128), run_dir / "grid.png")
-        write_text(run_dir / "table.md", text)
-        write_json(run_dir / "results.json", {"command": command_line, "images": len(bench.samples), "scores": scores})
-    return text
+        return publish(bench, scores, "unguided", ["distance"], grid, command_line)
 
 
 GRID = 8

@@ -15,12 +15,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
-from experiments.applications.bench import Bench, Heads, check_methods, table
+from experiments.applications.bench import Bench, Heads, check_methods, publish
 from rg.cli import claimed, command
 from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import ReferenceTarget
-from rg.io.figures import image_grid, save_figure
-from rg.io.files import write_json, write_text
 
 GRID = 6
 CLOTHES = ("shirt", "trousers")
@@ -70,13 +68,9 @@ def run(cfg: DictConfig, run_dir: Path, command_line: str) -> str:
             for name, method in methods.items()
         }
         scores = {name: score(bench, made) for name, made in images.items()}
-        text = table(scores, next(iter(scores)), ["attributes", "clothes"])
         grid = {"reference": (bench.given[:GRID] + 1) / 2}
         grid |= {f"{name}, {r + 1}": (made[r, :GRID] + 1) / 2 for name, made in images.items() for r in range(2)}
-        save_figure(image_grid(grid, side=128), run_dir / "grid.png")
-        write_text(run_dir / "table.md", text)
-        write_json(run_dir / "results.json", {"command": command_line, "images": len(bench.samples), "scores": scores})
-    return text
+        return publish(bench, scores, next(iter(scores)), ["attributes", "clothes"], grid, command_line)
 
 
 @command("experiments/variations")
