@@ -271,6 +271,7 @@ class Edit:
         cfg, pipe = self.cfg, self.backbone.pipeline
         noise = self.reference_noise()
         guidance: ReadoutGuidance = instantiate(cfg.guidance)(terms=self.terms(noise))
+        guidance.check_noise(cfg.sampling.get("eta"))
         reference = self.reference(noise, guidance)
         arguments = {"seeds": image_seeds(cfg.seed, range(1, 1 + cfg.images)), **self.sampling}
         arguments["batch_size"] = cfg.batch_size

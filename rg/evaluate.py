@@ -39,7 +39,7 @@ from rg.report import (
     CONDITIONS,
     agreements,
     distances_to,
-    headline,
+    objectives,
     read_record,
     score_images,
     share_of_words,
@@ -48,7 +48,14 @@ from rg.report import (
 )
 
 log = logging.getLogger(__name__)
-BESIDE_IMAGES = ("resume", "run_dir", "batch_size", "verbose", "engine")  # settings on which no image depends
+BESIDE_IMAGES = (
+    "resume",
+    "run_dir",
+    "objectives",
+    "batch_size",
+    "verbose",
+    "engine",
+)  # settings on which no image depends
 Verdicts = dict[str, dict[str, list[dict[str, Any]]]]  # judge -> condition -> of each image
 
 
@@ -58,6 +65,10 @@ def check_settings(cfg: DictConfig) -> None:
     for name in ("images", "batch_size"):
         if cfg[name] < 1:
             raise ValueError(f"{name}: expected at least 1, got {cfg[name]}")
+    if "words" in cfg.objectives and cfg.world.classifier is None:
+        raise ValueError(
+            "objectives: expected [pck] where world.classifier is null and nobody reads words, found words"
+        )
 
 
 def labeller_among(judges: Sequence[str], detectors: DictConfig, labelled_by: str | None) -> str | None:
@@ -137,7 +148,7 @@ class Evaluation:
         if made != seen:
             raise ValueError(f"sampling.height, sampling.width: expected {seen}, as the judges do, got {made}")
         # A bad setting of guidance is said before any image is made.
-        instantiate(cfg.guidance)(terms=[GuidanceTerm(self.head)])
+        instantiate(cfg.guidance)(terms=[GuidanceTerm(self.head)]).check_noise(cfg.sampling.get("eta"))
         instantiate(cfg.data.builder)(split=cfg.split, n=cfg.images)
         folder = Path(cfg.data.root) / cfg.split
         found = read_shards(folder, cfg.images, autoencoder_id=self.backbone.autoencoder_id)
@@ -355,9 +366,9 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 
 
 @command("evaluate", stopped="finished images are kept; the same command goes on")
-def main(cfg: DictConfig) -> float:
-    """Evaluates one head; returns guided PCK at the largest alpha, for Hydra's sweepers."""
-    return headline(evaluate(cfg, Path(HydraConfig.get().runtime.output_dir)))
+def main(cfg: DictConfig) -> float | tuple[float, ...]:
+    """Evaluates one head; returns its `cfg.objectives`, for Hydra's sweepers."""
+    return objectives(evaluate(cfg, Path(HydraConfig.get().runtime.output_dir)), cfg.objectives)
 
 
 if __name__ == "__main__":

@@ -323,6 +323,17 @@ def headline(results: dict[str, Any]) -> float:
     return shares[max(shares, key=float)]["guided"]["mean"]
 
 
+def objectives(results: dict[str, Any], names: Sequence[str]) -> float | tuple[float, ...]:
+    """What a search is to raise: "pck", the headline, and "words", the share of guided images as their prompts ask for.
+
+    Where no prompt asks for anything that is read, all of them are.
+    """
+    words = results["words"]
+    known = {"pck": headline(results), "words": 1.0 if words is None else words["guided"]["mean"]}
+    values = [known[name] for name in names]
+    return values[0] if len(values) == 1 else tuple(values)
+
+
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table, a row for each score and judge."""
     images = f"{results['images']} images"

@@ -81,7 +81,8 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
     set_scheduler(backbone.pipeline, cfg.scheduler)
     arguments = {"seeds": image_seeds(cfg.seed, range(cfg.images)), **check_sampling(backbone, cfg.sampling)}
     arguments["batch_size"] = cfg.batch_size
-    instantiate(cfg.guidance)(terms=[GuidanceTerm(head)])  # a bad setting is said before labels are made
+    # A bad setting is said before labels are made.
+    instantiate(cfg.guidance)(terms=[GuidanceTerm(head)]).check_noise(cfg.sampling.get("eta"))
     target, prompts = read_controls(cfg, backbone, head)
 
     def guide(part: slice) -> ReadoutGuidance:

@@ -102,6 +102,7 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("_partial_", "_recursive_"), bool),
     "_convert_": Literal["none", "partial", "object", "all"],
     "world.classifier": dict[str, Any] | None,
+    "objectives": Annotated[list[Literal["pck", "words"]], Field(min_length=1)],
     "split": Literal["train", "val", "search", "test"],
     "noise": Literal["new", "reference"],
     "update": Literal["score", "adam", "dsg", "freedom", "mpgd", "velocity_norm", "activation"],

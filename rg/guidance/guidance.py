@@ -160,6 +160,13 @@ class ReadoutGuidance:
         """Whether the scheduler's steps are answered too."""
         return self.rule.joins_scheduler or self.repeats is not None
 
+    def check_noise(self, eta: float | None) -> None:
+        """Raises ValueError when the rule turns the noise that a call with this `eta` has the scheduler add: none."""
+        if self.update == "dsg" and not eta:
+            raise ValueError(
+                f"eta: update=dsg turns the noise that the scheduler adds; expected above 0, got {eta or 0}"
+            )
+
     @contextmanager
     def attach(self, pipe: DiffusionPipeline) -> Iterator[Self]:
         """Guides every call of `pipe` inside the context; afterwards the pipeline is as it was.

@@ -19,7 +19,7 @@ from rg.guidance.clock import Images, StepClock
 from rg.guidance.energy import Reading, energy_and_feature_gradients, energy_and_gradient, readouts
 from rg.guidance.targets import ReferenceTarget
 from rg.guidance.transition import ScheduledStep
-from rg.guidance.updates import Transition, alpha_bar, prediction_type
+from rg.guidance.updates import Transition, alpha_bar, holds_signal, prediction_type
 
 if TYPE_CHECKING:
     from rg.guidance.guidance import ReadoutGuidance
@@ -84,7 +84,7 @@ class GuidedStep:
             )
             self.found = self._look(reading, passes_back=passes_back)
         self.guided += not repeats
-        gradients = self._steering(rule.in_units)
+        gradients = self._steering(rule.in_units and self._adds(timestep))
         if rule.moves == "features":
             with shifted_taps(self.reader.denoiser, sample, change := FeatureChange(rule.function, gradients)):
                 output = forward(sample, timestep, return_dict=False, **inputs)[0]
@@ -114,8 +114,7 @@ class GuidedStep:
         guidance = self.guidance
         guidance.trace.clear()
         check_call(self.pipe, guidance.update, moves=guidance.rule.moves, repeats=guidance.repeats is not None)
-        if guidance.update == "dsg" and not call.eta:
-            raise ValueError("eta: update=dsg turns the noise that the scheduler adds; expected above 0, got 0")
+        guidance.check_noise(call.eta)
         flow = family_of(self.reader.denoiser).flow
         check_scheduler(self.pipe.scheduler, guidance.update, repeats=guidance.repeats is not None, flow=flow)
         if guidance.joins_scheduler and self.pipe.scheduler is not self.scheduler:
@@ -155,6 +154,14 @@ class GuidedStep:
         steered = self.images.settle(self.found.energy, self.guidance.enough)
         gradients = [g if g is None or steered.all() else g * steered.view(-1, 1, 1, 1) for g in self.found.gradients]
         return [self.images.in_units(gradients[0])] if in_units else gradients
+
+    def _adds(self, timestep: Tensor) -> bool:
+        """Whether the rule does anything at this step: a velocity where x_t is noise is left alone, and has no unit."""
+        scheduler = self.pipe.scheduler
+        kind = prediction_type(scheduler)
+        if self.guidance.rule.moves != "output" or kind == "epsilon":
+            return True
+        return holds_signal(kind, alpha_bar(scheduler, timestep))
 
     def _output_change(
         self,
