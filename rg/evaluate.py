@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -193,7 +194,7 @@ class Evaluation:
         results = summarise(records, self.cfg.alphas, [*self.judges])
         results["left_out"], results["labeller"] = self.left_out, self.labeller
         results |= self.distances()
-        results["words"] = self.words([record["prompt"] for record in records])
+        results["words"] = None if (right := self.words) is None else share_of_words(right)
         results["seconds"] = {c: sum(r["seconds"][c] for r in records) for c in ("unguided", "guided")}
         results["command"] = shlex.join(["python", "-m", "rg.evaluate", *sys.argv[1:]])
         write_text(self.run_dir / "table.md", table(results))
@@ -220,15 +221,18 @@ class Evaluation:
             "cmmd": None if self.clip is None else distances_to(own, images, self.clip.embed, clip=True),
         }
 
-    def words(self, prompts: Sequence[str]) -> dict[str, dict[str, float]] | None:
-        """In which share of a condition's images shirt and trousers are as asked for; None where nobody reads them.
+    @cached_property
+    def words(self) -> dict[str, Tensor] | None:
+        """Condition -> whether each finished image has shirt and trousers as asked for (N,), see `fidelity`; None where
+        nobody reads them.
 
         The samples' own images show other prompts: there is no ceiling.
         """
         if self.classifier is None:
             return None
+        prompts = [self.read(position)["prompt"] for position in range(len(self.samples))]
         read = {condition: self.classifier.read(self.images(condition)) for condition in ("unguided", "guided")}
-        return share_of_words({condition: fidelity(found, prompts) for condition, found in read.items()})
+        return {condition: fidelity(found, prompts) for condition, found in read.items()}
 
     def read(self, position: int) -> dict[str, Any]:
         """The record of a position whose images are all there; raises ValueError where a file of it is damaged."""

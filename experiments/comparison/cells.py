@@ -15,7 +15,6 @@ from rg.backbone.denoiser import denoiser_of, taps
 from rg.evaluate import Evaluation
 from rg.guidance.guidance import ReadoutGuidance
 from rg.io.files import read_json, write_json
-from rg.metrics.words import fidelity
 
 CONDITIONS = ("unguided", "guided")
 
@@ -92,11 +91,9 @@ def measure(cell: Cell) -> Measured:
     records = [cell.read(position) for position in range(len(cell.samples))]
     images = {condition: cell.images(condition) for condition in CONDITIONS}
     scores = {condition: pck_of(records, condition) for condition in CONDITIONS}
-    prompts = [record["prompt"] for record in records]
-    for condition in CONDITIONS:
-        read = None if cell.classifier is None else cell.classifier.read(images[condition])
-        nobody = torch.full((len(prompts),), float("nan"))
-        scores[condition]["words"] = nobody if read is None else fidelity(read, prompts)
+    nobody = dict.fromkeys(CONDITIONS, torch.full((len(records),), float("nan")))
+    for condition, right in (cell.words or nobody).items():
+        scores[condition]["words"] = right
     seconds = {condition: value / len(records) for condition, value in results["seconds"].items()}
     calls = read_json(cell.run_dir / "calls.json")
     return Measured(scores, images, results["kernel_distance"] or {}, calls, seconds)

@@ -73,7 +73,8 @@ class ReadoutGuidance:
         normalize: of the score rule; "rms": the gradient is first scaled to the RMS of the noise prediction, image by
             image and step by step, readout_scale (None: 1) is a multiple of that.
         branch: rows whose features are read. "uncond": under the head's own prompt, which is the pipeline's
-            unconditional half when that holds the same prompt, else one more call; "cond": the prompt's; "both".
+            unconditional half when that holds the same prompt, else one more call; "cond": the image's own prompt,
+            which keeps more of what it asks for (conf/guidance); "both".
         start, stop: guided window, as fractions of the executed steps.
         signal_window: (low, high), guided only where low <= SNR(t) * h * w < high on latents of h x w places: a window
             that fits one size fits others too (rg.guidance.clock.signal).

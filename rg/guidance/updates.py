@@ -12,7 +12,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 # What strength 1 of the score rule is: times the noise prediction's RMS, which is 1, at an image's first gradient.
-UNIT = 1.5
+UNIT = 0.9
 
 
 def score(
