@@ -45,7 +45,7 @@ def config_of(file: str) -> str:
 def first_values(sweep: str) -> list[str]:
     """The overrides of a sweep's first job."""
     params = OmegaConf.load(CONF / f"sweep/{sweep}.yaml").hydra.sweeper.params
-    return [f"{key}={str(values).split(',')[0]}" for key, values in params.items()]
+    return [f"{key}={str(values).removeprefix('interval(').split(',')[0]}" for key, values in params.items()]
 
 
 # Of the published worlds sd15 stands for all in the fast tests: a test below makes sure that their files differ in
