@@ -238,11 +238,12 @@ def publish(
 
 
 def check_methods(methods: DictConfig) -> dict[str, dict[str, Any]]:
-    """The methods of a configuration as plain values.
+    """The methods of a configuration as plain values; null ones are left out.
 
     Raises:
         ValueError: there is none, or one says nothing of heads or gives all of them the weight 0.
     """
+    methods = OmegaConf.masked_copy(methods, [name for name, method in methods.items() if method is not None])
     if not methods:
         raise ValueError("methods: expected at least one {NAME: {heads: {HEAD: weight}}}, got none")
     for name, method in methods.items():
