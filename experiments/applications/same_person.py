@@ -91,7 +91,7 @@ def run(cfg: DictConfig, run_dir: Path, command_line: str) -> str:
         grid = {"reference": draw_boxes((bench.given[:GRID] + 1) / 2, bench.boxes[0])}
         grid |= {name: draw_boxes((made[:GRID] + 1) / 2, bench.boxes[1]) for name, made in images.items()}
         compared = ["verified", "traits", "appearance"]
-        marks = {"boxes": [box.tolist() for box in bench.boxes]}
+        marks = {"boxes": torch.stack(bench.boxes, 1).tolist()}
         return publish(bench, scores, "unguided", compared, grid, command_line, marks)
 
 

@@ -102,9 +102,9 @@ FIGURES = (
     Figure(
         "fig4",
         "Spatially aligned control",
-        "A pose, a depth map or edges steer the model; the prompt is another image's. From left to right: the image that "
-        "the control comes from, with the pose that a judge sees in it; the readout while guiding; without guidance; "
-        "guided.",
+        "A pose, a depth map or edges steer the model; the prompt is another image's. From left to right: the image "
+        "that the control comes from, with the pose that a judge sees in it; the readout while guiding; without "
+        "guidance; guided.",
         (*_pck("pose", "pose"), *_pck("depth", "depth"), *_pck("edges", "edge")),
         CONTROLLED,
     ),
@@ -118,8 +118,8 @@ FIGURES = (
     Figure(
         "fig2",
         "Drags",
-        "The point at the arrow's tail is to come to its head, the rest to stay. What says where it came is a judge that "
-        "knows nothing of heads; it may take one hand for the other, so the nearer of the two counts.",
+        "The point at the arrow's tail is to come to its head, the rest to stay. Where it came says a judge that knows "
+        "nothing of heads; it may take one hand for the other, so the nearer of the two counts.",
         (
             *(
                 Row(f"pixels from the goal, {j}", "drags", EITHER.format(j), "unguided", "ours", lower=True, goal=0.25)
@@ -132,7 +132,7 @@ FIGURES = (
     Figure(
         "fig5",
         "Drags against raw features",
-        "The same drags by the energy that DragDiffusion minimises, on the backbone's own features, is the baseline here.",
+        "The same drags by the energy that DragDiffusion minimises, on the backbone's own features, are the baseline.",
         (
             *(
                 Row(f"pixels from the goal, {j}", "drags", EITHER.format(j), "raw_features", "ours", lower=True, goal=1)
@@ -161,8 +161,8 @@ FIGURES = (
     Figure(
         "fig7",
         "The same person elsewhere",
-        "A detector finds both faces by itself, the identity head compares them within the boxes. Verified: a classifier "
-        "reads hair, its length, glasses and hat as in the reference.",
+        "A detector finds both faces by itself, the identity head compares them within the boxes. Verified: a "
+        "classifier reads hair, its length, glasses and hat as in the reference.",
         (
             Row("verified", "same_person", "verified", "unguided", "identity", goal=2),
             Row("traits kept", "same_person", "traits kept", "unguided", "identity"),

@@ -42,9 +42,8 @@ def page(store: Store, found: Mapping[str, tuple[Figure, Rows]], others: Mapping
 def _section(store: Store, figure: Figure, rows: Rows) -> str:
     runs = dict.fromkeys(row.run for row in figure.rows if store.get(row.run))
     shown = "".join(_examples(store, name, figure.shown) for name in runs)
-    commands = "\n".join(
-        html.escape(f"{words}   # {_time(s)}") for words, s in dict((w, s) for _, w, s in rows).items()
-    )
+    seconds = {words: taken for _, words, taken in rows}
+    commands = "\n".join(html.escape(f"{words}   # {_time(taken)}") for words, taken in seconds.items())
     return (
         f'<section id="{figure.key}"><div class="key">{_label(figure.key)}</div><h2>{html.escape(figure.title)}</h2>'
         f"<p>{html.escape(figure.text)}</p>{_headline(rows[0][0])}{shown}{_table(rows)}<pre>{commands}</pre></section>"
@@ -116,7 +115,7 @@ def _marks(marks: Mapping[str, Any], method: str, column: int) -> str:
         paths.append(f"M{x:.1f} {y:.1f}L{to_x:.1f} {to_y:.1f}")
         paths.append("M{:.1f} {:.1f}L{:.1f} {:.1f}L{:.1f} {:.1f}".format(*tips[0], to_x, to_y, *tips[1]))
     if "boxes" in marks:
-        left, top, right, bottom = marks["boxes"][method != "reference"][column]
+        left, top, right, bottom = marks["boxes"][column][method != "reference"]
         paths.append(f"M{left:.1f} {top:.1f}H{right:.1f}V{bottom:.1f}H{left:.1f}Z")
     for points in marks.get(f"skeletons {method}", {column: ()})[column]:
         for a, b in LIMBS:

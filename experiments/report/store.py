@@ -1,4 +1,4 @@
-"""Runs what is missing and keeps of every run what the page needs: scores of each image, and a sheet of small images."""
+"""Runs what is missing and keeps of every run what the page needs: scores of each image, a sheet of small images."""
 
 import shlex
 import subprocess
@@ -69,9 +69,7 @@ class Store:
                 "seconds": round(time.perf_counter() - begin),
                 "scores": scores,
                 "sheet": {"rows": list(rows), "columns": shown},
-                "marks": {
-                    name: kept[:shown] if name != "boxes" else [b[:shown] for b in kept] for name, kept in marks.items()
-                },
+                "marks": {name: kept[:shown] for name, kept in marks.items()},
             },
         )
 

@@ -49,7 +49,7 @@ def find(row: Row, stored: Mapping[str, Any]) -> Finding | None:
 
 
 def judge(row: Row, baseline: float, ours: float, gain: float, sem: float) -> tuple[bool, str]:
-    """Whether a row's goal is met: a share of the baseline's mean, or else a difference beyond three standard errors."""
+    """Whether a row's goal is met: a share of the baseline's mean, or a difference beyond three standard errors."""
     if row.goal is None:
         met = (-gain if row.lower else gain) > 3 * sem
         return met, "beyond three standard errors" if met else "missed: within three standard errors, or the wrong way"
