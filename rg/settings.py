@@ -87,9 +87,7 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("eta", "strength", "validation_share", "test_share", "decay", "ema", "alpha", "least"), Share),
     **dict.fromkeys(("guidance.start", "guidance.stop", "repeats.start", "repeats.stop", "update.share"), Share),
     **dict.fromkeys(("run_dir", "root", "scheduler", "backbone.path", "head.path", "run", "folder", "out"), Word),
-    **dict.fromkeys(
-        ("output", "cache", "export", "record", "card", "results", "sheet", "stage", "job"), Word
-    ),
+    **dict.fromkeys(("output", "cache", "export", "record", "card", "results", "sheet", "stage", "job"), Word),
     **dict.fromkeys(
         ("model", "backbone", "detector", "classifier", "family", "name", "pose_variant", "project", "summary"), Word
     ),
