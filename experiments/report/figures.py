@@ -80,12 +80,13 @@ def _control(kind: str) -> tuple[str, ...]:
 
 
 TWO = ("data.builder.root=data/marionette_two", "data.builder.source.kinds={two:1.0}", "images=32")
+COMPARED = ("methods.correspondence=null", "methods.both_heads=null")
 RUNS = (
     Run("pose", EVALUATE, ("images=32",), FEW),
     Run("depth", EVALUATE, _control("depth"), FEW),
     Run("edge", EVALUATE, _control("edge"), FEW),
     Run("two", EVALUATE, TWO, FEW),
-    Run("drags", f"{APPLICATIONS}.drags", (), SHORT),
+    Run("drags", f"{APPLICATIONS}.drags", COMPARED, ("images=16", "+sampling.num_inference_steps=20")),
     Run("variations", f"{APPLICATIONS}.variations", ("images=16", "rounds=2"), ("images=6", *SHORT[1:])),
     Run("same_person", f"{APPLICATIONS}.same_person", (), SHORT),
 )
