@@ -26,8 +26,9 @@ class Run:
 
     def command(self, quick: bool) -> list[str]:
         """The words of the command line, from "python" on."""
-        name = f"name={folder(quick)}_{self.name}"
-        return ["python", "-m", self.module, name, *self.words, *(self.quick if quick else ())]
+        words = (f"name={folder(quick)}_{self.name}", *self.words, *(self.quick if quick else ()))
+        last = {word.lstrip("+").partition("=")[0]: word for word in words}
+        return ["python", "-m", self.module, *last.values()]
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ Rows = Sequence[tuple[Finding, str, int]]
 
 HERE = Path(__file__).parent
 STYLE, PAGE = ((HERE / f"page.{end}").read_text(encoding="utf-8") for end in ("css", "html"))
+CAPTIONS = {"ceiling": "what the control is of", "ours": "guided", "raw_features": "raw features"}
 NOTICE = (
-    '<p class="notice">This is the reduced report: few images and 25 steps, so intervals are wide. '
+    '<p class="notice">This is the reduced report: few images and at most 25 steps, so intervals are wide. '
     "<code>make report</code> makes the full one.</p>"
 )
 
@@ -41,7 +42,8 @@ def page(store: Store, found: Mapping[str, tuple[Figure, Rows]], others: Mapping
 
 def _section(store: Store, figure: Figure, rows: Rows) -> str:
     runs = dict.fromkeys(row.run for row in figure.rows if store.get(row.run))
-    shown = "".join(_examples(store, name, figure.shown) for name in runs)
+    count = max(2, 6 // len(runs))
+    shown = "".join(_examples(store, name, figure.shown, count, titled=len(runs) > 1) for name in runs)
     seconds = {words: taken for _, words, taken in rows}
     commands = "\n".join(html.escape(f"{words}   # {_time(taken)}") for words, taken in seconds.items())
     return (
@@ -78,25 +80,27 @@ def _table(rows: Rows) -> str:
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
 
-def _examples(store: Store, name: str, shown: Sequence[str]) -> str:
+def _examples(store: Store, name: str, shown: Sequence[str], count: int, *, titled: bool) -> str:
+    """The first `count` examples of a run, a row of methods each."""
     stored, sheet = store.get(name), store.sheet(name)
     rows, columns = stored["sheet"]["rows"], stored["sheet"]["columns"]
     side = (sheet.width // columns, sheet.height // len(rows))
     methods = [method for method in shown if method in rows]
     examples = []
-    for column in range(columns):
+    for column in range(min(columns, count)):
         cells = []
         for method in methods:
             top = rows.index(method) * side[1]
             image = sheet.crop((column * side[0], top, (column + 1) * side[0], top + side[1]))
             marks = _marks(stored["marks"], method, column)
             drawing = f'<svg viewBox="0 0 {side[0]} {side[1]}">{marks}</svg>' if marks else ""
-            caption = f"<figcaption>{html.escape(method.replace('_', ' '))}</figcaption>"
+            caption = f"<figcaption>{html.escape(CAPTIONS.get(method, method.replace('_', ' ')))}</figcaption>"
             alt = html.escape(f"{name}, {method}, example {column + 1}")
             cells.append(f'<figure><div><img alt="{alt}" src="{_inline(image)}">{drawing}</div>{caption}</figure>')
         examples.append(f'<div class="example">{"".join(cells)}</div>')
-    across = 2 if len(methods) <= 4 else 1
-    return f'<div class="examples" style="--columns: {across}">{"".join(examples)}</div>'
+    across = 2 if len(methods) <= 3 else 1
+    title = f"<h3>{html.escape(name)}</h3>" if titled else ""
+    return f'{title}<div class="examples" style="--columns: {across}">{"".join(examples)}</div>'
 
 
 def _inline(image: Image.Image) -> str:
