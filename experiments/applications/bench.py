@@ -62,7 +62,7 @@ class Bench:
         self.backbone: DiffusionBackbone = instantiate(edit.world.backbone)
         self.detectors = {name: instantiate(edit.world.detectors[name]) for name in edit.world.judges}
         self.classifier = AttributeClassifier.from_pretrained(cfg.classifier)
-        words = [f"data.builder.root=data/{cfg.world}_{kind}", f"data.builder.source.kinds={{{kind}: 1.0}}"]
+        words = [f"data.builder.root=data/{cfg.world}_{kind}", f"++data.builder.source.kinds={{one: 0.0, {kind}: 1.0}}"]
         words = [f"world={cfg.world}", "data=pose", *(words if kind else [])]
         builder = compose_config("train", words).data.builder
         instantiate(builder)(split=cfg.split, n=cfg.images)

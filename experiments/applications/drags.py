@@ -172,8 +172,9 @@ class DragBench(Bench):
         return terms
 
     def score(self, images: Tensor) -> dict[str, list[float]]:
-        """Of each image (B, 3, H, W): pixels from the goal by every detector and by the usual matcher, PSNR of what
-        should stay, and the share of attributes that the classifier reads as in the reference."""
+        """Of each image (B, 3, H, W): pixels from the goal by every detector, of the keypoint and of the nearer of it
+        and its mirrored one, and whether that is less than half the way; pixels by the usual matcher; PSNR of what
+        should stay; the share of attributes that the classifier reads as in the reference."""
         scores = {}
         for name, detector in self.detectors.items():
             points = detector.detect(images).points[:, 0]
@@ -181,6 +182,7 @@ class DragBench(Bench):
             other = points[torch.arange(len(points)), torch.tensor(MIRROR)[self.drags.keypoint]]
             far = torch.stack([(place - self.drags.destination).norm(dim=-1) for place in (found, other)])
             scores[f"distance, {name}"], scores[f"distance, {name}, either side"] = far[0], far.amin(0)
+            scores[f"arrived, {name}"] = (far.amin(0) < self.cfg.length / 2).float()
         scores["distance, matcher"] = (self.match(images) - self.drags.destination).norm(dim=-1)
         scores["PSNR outside"] = fidelity(images, self.given, self.outside)
         scores["attributes kept"] = self.attributes_kept(images)
@@ -216,7 +218,7 @@ def run(cfg: DictConfig, run_dir: Path, command_line: str) -> str:
         ends = bench.drags.source, bench.drags.destination
         grid = {name: draw_arrows((made + 1) / 2, *ends) for name, made in shown.items()}
         arrows = torch.cat(ends, 1).tolist()
-        return publish(bench, scores, "unguided", ["distance"], grid, command_line, {"arrows": arrows})
+        return publish(bench, scores, "unguided", ["distance", "arrived"], grid, command_line, {"arrows": arrows})
 
 
 GRID = 8

@@ -48,7 +48,7 @@ def workspaces(entity: str, project: str) -> dict[str, Any]:
             project=project,
             name="Sweeps",
             sections=sweep,
-            runset_settings=views.RunsetSettings(groupby=["Group"]),
+            runset_settings=views.RunsetSettings(groupby=[views.Metric("Group")]),
         ),
     }
 

@@ -76,11 +76,11 @@ SHORT = ("images=12", "+sampling.num_inference_steps=25")
 
 def _control(kind: str) -> tuple[str, ...]:
     """Settings of an evaluation of a depth or edge head on the poses that pose heads are evaluated on."""
-    source = (f"data.builder.root=data/marionette_{kind}_one", "data.builder.source.kinds={one:1.0}")
+    source = (f"data.builder.root=data/marionette_{kind}_one", "++data.builder.source.kinds={one:1.0}")
     return (f"data={kind}", f"guidance={kind}", f"head.path={kind}", "images=32", *source)
 
 
-TWO = ("data.builder.root=data/marionette_two", "data.builder.source.kinds={two:1.0}", "images=32")
+TWO = ("data.builder.root=data/marionette_two", "++data.builder.source.kinds={one:0.0,two:1.0}", "images=32")
 COMPARED = ("methods.correspondence=null", "methods.both_heads=null")
 RUNS = (
     Run("pose", EVALUATE, ("images=32",), FEW),
@@ -127,6 +127,7 @@ FIGURES = (
                 Row(f"pixels from the goal, {j}", "drags", EITHER.format(j), "unguided", "ours", lower=True, goal=0.25)
                 for j in ("hourglass", "transformer")
             ),
+            *(Row(f"arrived, {j}", "drags", f"arrived, {j}", "unguided", "ours") for j in ("hourglass", "transformer")),
             Row("pixels from the goal, usual matcher", "drags", "distance, matcher", "unguided", "ours", lower=True),
         ),
         ("reference", "unguided", "raw_features", "ours"),
@@ -138,6 +139,10 @@ FIGURES = (
         (
             *(
                 Row(f"pixels from the goal, {j}", "drags", EITHER.format(j), "raw_features", "ours", lower=True, goal=1)
+                for j in ("hourglass", "transformer")
+            ),
+            *(
+                Row(f"arrived, {j}", "drags", f"arrived, {j}", "raw_features", "ours", goal=1)
                 for j in ("hourglass", "transformer")
             ),
             Row("PSNR outside, dB", "drags", "PSNR outside", "raw_features", "ours", goal=1),

@@ -10,7 +10,7 @@ SIZE = (64, 64)
 
 def seen(face: tuple[float, float], neck: tuple[float, float], sure: float) -> Detection:
     points, confidence = torch.zeros(1, 1, 18, 2), torch.zeros(1, 1, 18)
-    points[0, 0, FACE], points[0, 0, NECK] = torch.tensor(face), torch.tensor(neck)
+    points[0, 0, FACE], points[0, 0, NECK] = torch.tensor(face).float(), torch.tensor(neck).float()
     confidence[0, 0, [*FACE, NECK]] = sure
     return Detection(points, confidence, torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool))
 
