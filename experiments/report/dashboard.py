@@ -63,7 +63,7 @@ def report(entity: str, project: str, summary: Mapping[str, Mapping[str, Any]]) 
             f"{figure['metric']}: {figure['baseline']:.3f} without, {figure['ours']:.3f} with guidance, standard error "
             f"of the paired difference {figure['sem']:.3f}, {figure['n']} images"
         )
-        code = blocks.CodeBlock(code=figure["command"], language="bash")
+        code = blocks.CodeBlock(code=figure["command"], language="markdown")
         parts += [blocks.H2(f"Figure {key.removeprefix('fig')}"), blocks.P(text), code]
     runs = blocks.Runset(entity=entity, project=project)
     plots = [blocks.LinePlot(title="Training loss", x="Step", y=["train/loss"])]

@@ -120,7 +120,7 @@ FIGURES = (
     Figure(
         "fig2",
         "Drags",
-        "The point at the arrow's tail is to come to its head, the rest to stay. Where it came says a judge that knows "
+        "Four points of a limb are dragged with its end: the point at the arrow's tail is to come to its head, the rest to stay. Where it came says a judge that knows "
         "nothing of heads; it may take one hand for the other, so the nearer of the two counts.",
         (
             *(
@@ -129,13 +129,18 @@ FIGURES = (
             ),
             *(Row(f"arrived, {j}", "drags", f"arrived, {j}", "unguided", "ours") for j in ("hourglass", "transformer")),
             Row("pixels from the goal, usual matcher", "drags", "distance, matcher", "unguided", "ours", lower=True),
+            *(
+                Row(f"raw features on four points, {j}", "drags", EITHER.format(j), "unguided", "raw_limb", lower=True)
+                for j in ("hourglass", "transformer")
+            ),
         ),
-        ("reference", "unguided", "raw_features", "ours"),
+        ("reference", "unguided", "ours"),
     ),
     Figure(
         "fig5",
         "Drags against raw features",
-        "The same drags by the energy that DragDiffusion minimises, on the backbone's own features, are the baseline.",
+        "The same drags by the energy that DragDiffusion minimises, on the backbone's own features, are the baseline: at "
+        "the limb's end alone, as there, and on the four points that ours drags.",
         (
             *(
                 Row(f"pixels from the goal, {j}", "drags", EITHER.format(j), "raw_features", "ours", lower=True, goal=1)
@@ -147,8 +152,12 @@ FIGURES = (
             ),
             Row("PSNR outside, dB", "drags", "PSNR outside", "raw_features", "ours", goal=1),
             Row("attributes kept", "drags", "attributes kept", "raw_features", "ours", goal=1),
+            *(
+                Row(f"against four points, {j}", "drags", EITHER.format(j), "raw_limb", "ours", lower=True, goal=1)
+                for j in ("hourglass", "transformer")
+            ),
         ),
-        ("reference", "raw_features", "ours"),
+        ("reference", "raw_features", "raw_limb", "ours"),
     ),
     Figure(
         "fig6",

@@ -19,7 +19,12 @@ Rows = Sequence[tuple[Finding, str, int]]
 
 HERE = Path(__file__).parent
 STYLE, PAGE = ((HERE / f"page.{end}").read_text(encoding="utf-8") for end in ("css", "html"))
-CAPTIONS = {"ceiling": "what the control is of", "ours": "guided", "raw_features": "raw features"}
+CAPTIONS = {
+    "ceiling": "what the control is of",
+    "ours": "guided",
+    "raw_features": "raw features",
+    "raw_limb": "raw, 4 points",
+}
 NOTICE = (
     '<p class="notice">This is the reduced report: few images and at most 25 steps, so intervals are wide. '
     "<code>make report</code> makes the full one.</p>"

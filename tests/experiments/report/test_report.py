@@ -73,7 +73,7 @@ def made(tmp_path):
     """Drags as if they had been made."""
     run = next(run for run in RUNS if run.name == "drags")
     store = Store(tmp_path / "results", tmp_path / "outputs", True)
-    names = ["reference", "unguided", "raw_features", "ours"]
+    names = ["reference", "unguided", "raw_features", "raw_limb", "ours"]
     metrics = {row.metric for figure in FIGURES for row in figure.rows if row.run == "drags"}
     for name in names:
         for i in range(2):
@@ -98,7 +98,7 @@ def test_the_page_needs_nothing_but_itself(made, tmp_path):
     links.feed(text)
     assert not links.open and all(link.startswith(("#", "data:image/png;base64,")) for link in links.found)
     assert not re.search(r"https?://|url\(|@import", text)
-    assert "reduced report" in text and "missed" in text and text.count("<svg") == 2 * 4 + 2 * 3
+    assert "reduced report" in text and "missed" in text and text.count("<svg") == 2 * 3 + 2 * 4
     summary = read_json(path.parent / "summary.json")
     assert set(summary) == {"fig2", "fig5"} and summary["fig2"]["command"].startswith("python -m experiments.app")
     assert {"metric", "baseline", "ours", "sem", "n", "command", "seconds"} <= set(summary["fig5"])
