@@ -120,8 +120,9 @@ FIGURES = (
     Figure(
         "fig2",
         "Drags",
-        "Four points of a limb are dragged with its end: the point at the arrow's tail is to come to its head, the rest to stay. Where it came says a judge that knows "
-        "nothing of heads; it may take one hand for the other, so the nearer of the two counts.",
+        "Four points of a limb are dragged with its end: the point at the arrow's tail is to come to its head, the rest "
+        "to stay. Where it came says a judge that knows nothing of heads; it may take one hand for the other, so the "
+        "nearer of the two counts.",
         (
             *(
                 Row(f"pixels from the goal, {j}", "drags", EITHER.format(j), "unguided", "ours", lower=True, goal=0.25)
@@ -139,8 +140,8 @@ FIGURES = (
     Figure(
         "fig5",
         "Drags against raw features",
-        "The same drags by the energy that DragDiffusion minimises, on the backbone's own features, are the baseline: at "
-        "the limb's end alone, as there, and on the four points that ours drags.",
+        "The same drags by the energy that DragDiffusion minimises, on the backbone's own features, are the baseline: "
+        "at the limb's end alone, as there, and on the four points that ours drags.",
         (
             *(
                 Row(f"pixels from the goal, {j}", "drags", EITHER.format(j), "raw_features", "ours", lower=True, goal=1)
