@@ -121,8 +121,8 @@ FIGURES = (
         "fig2",
         "Drags",
         "Four points of a limb are dragged with its end: the point at the arrow's tail is to come to its head, the "
-        "rest to stay. Where it came says a judge that knows nothing of heads; it may take one hand for the other, so the "
-        "nearer of the two counts.",
+        "rest to stay. Where it came says a judge that knows nothing of heads; it may take one hand for the other, so "
+        "the nearer of the two counts.",
         (
             *(
                 Row(f"pixels from the goal, {j}", "drags", EITHER.format(j), "unguided", "ours", lower=True, goal=0.25)
