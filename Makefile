@@ -10,14 +10,14 @@ STAMP := .venv/.installed
 CONSTRAINTS := -c constraints.txt $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train eval-pck test test-slow test-all test-real test-online rehearsal lint clean
+.PHONY: help setup demo train eval-pck test test-slow test-all test-real test-online rehearsal lint clean report report-quick dashboard
 # Two processes of one thread each: on small tensors more threads take longer.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test test-slow test-all: export HF_HUB_OFFLINE = 1
 test test-slow test-all: export OMP_NUM_THREADS = 1
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@sed -n '1s/^# /  /p' Makefile
 
 setup: $(STAMP) ## make .venv; every target below does so itself
@@ -30,6 +30,16 @@ train: $(STAMP) ## train a readout head: make train EXPERIMENT=pose_1k
 
 eval-pck: $(STAMP) ## score keypoints with and without guidance
 	$(BIN)/python -m rg.evaluate world=$(WORLD) $(ARGS)
+
+report: $(STAMP) ## the paper's figures, measured, on one page; goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.report.build $(ARGS)
+
+report-quick: $(STAMP) ## the same of few images, in 20 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.report.build quick=true $(ARGS)
+
+dashboard: $(STAMP) ## workspaces and a report for W&B: make dashboard ARGS="entity=NAME"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check $(CONSTRAINTS) -e '.[dashboard]'
+	$(BIN)/python -m experiments.report.dashboard $(ARGS)
 
 test: $(STAMP) ## the fast tests
 	$(PYTEST) $(ARGS)

@@ -3,12 +3,14 @@
 import hashlib
 import io
 import logging
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import wandb
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import WandbLogger
@@ -168,6 +170,25 @@ class Wandb(WandbLogger):
         self._wandb_init.pop("anonymous", None)
 
 
+def describe_run(trainer: Trainer, settings: Mapping[str, Any]) -> None:
+    """Gives W&B the whole configuration of a run; Lightning itself tells it the head's hyperparameters alone."""
+    for logger in _wandb(trainer):
+        logger.experiment.config.update({"settings": settings}, allow_val_change=True)
+
+
+def publish_head(trainer: Trainer, folder: Path, name: str) -> None:
+    """Makes a trained head's folder an artifact of the W&B run."""
+    for logger in _wandb(trainer):
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", f"head-{name}"), type="model")
+        artifact.add_dir(str(folder))
+        logger.experiment.log_artifact(artifact)
+
+
+def _wandb(trainer: Trainer) -> list[WandbLogger]:
+    """The W&B loggers of the process that logs."""
+    return [one for one in trainer.loggers if isinstance(one, WandbLogger) and trainer.is_global_zero]
+
+
 def finish_wandb(trainer: Trainer) -> None:
     """Ends the W&B run, so that the next job of a sweep in this process starts one of its own."""
     for logger in trainer.loggers:
@@ -219,8 +240,18 @@ class ReadoutImages(_Figures):
             for timestep in head.hparams.val_timesteps:
                 read = [head.preview(head.readout_at(part, timestep)) for part in _parts(batch, self.batch_size)]
                 rows[f"t = {timestep}"] = torch.cat(read)
+        for logger in _wandb(trainer):
+            columns = [list(_wandb_images(part)) for part in rows.values()]
+            logger.log_table("samples", columns=list(rows), data=list(map(list, zip(*columns, strict=True))))
         # The images of a group stand side by side.
         self._publish(trainer, "readouts", image_grid({row: p.flatten(0, -4) for row, p in rows.items()}))
+
+
+def _wandb_images(images: Tensor) -> Iterator[Any]:
+    """Each of images (N, 3, H, W), or groups (N, G, 3, H, W) side by side, in [0, 1] as a cell of a W&B table."""
+    for image in images.detach().float().cpu():
+        side_by_side = torch.cat(list(image), -1) if image.ndim == 4 else image
+        yield wandb.Image(side_by_side.permute(1, 2, 0).clamp(0, 1).numpy())
 
 
 def _joined(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def parse_terms(terms: Any) -> list[tuple[str, float, str | None]]:
     """(head, weight, class) of each of `terms`: a head's name or folder alone, or a mapping of these keys.
 
     Raises:
-        ValueError: there is no term, or one is something else.
+        ValueError: there is no term, one is something else, or all weights are 0.
     """
     if not OmegaConf.is_list(terms) or not len(terms):
         raise ValueError(f"terms: expected a list such as [{{head: appearance, weight: 1.0}}], got {terms}")
@@ -57,6 +57,8 @@ def parse_terms(terms: Any) -> list[tuple[str, float, str | None]]:
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise ValueError(f"terms[{number}].weight: expected a number, got {weight!r}")
         found.append((given["head"], float(weight), given.get("class")))
+    if not any(weight for _, weight, _ in found):
+        raise ValueError(f"terms: expected a weight other than 0, got {terms}")
     return found
 
 

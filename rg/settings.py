@@ -88,12 +88,16 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("guidance.start", "guidance.stop", "repeats.start", "repeats.stop", "update.share"), Share),
     **dict.fromkeys(("run_dir", "root", "scheduler", "backbone.path", "head.path", "run", "folder", "out"), Word),
     **dict.fromkeys(("output", "cache", "export", "record", "card", "results", "sheet", "stage", "job"), Word),
-    **dict.fromkeys(("model", "backbone", "detector", "classifier", "family", "name", "pose_variant"), Word),
+    **dict.fromkeys(
+        ("model", "backbone", "detector", "classifier", "family", "name", "pose_variant", "project", "summary"), Word
+    ),
     **dict.fromkeys(("train.experiment", "sample.experiment"), Word),
     **dict.fromkeys(("control", "reference", "device", "head.class", "head.released", "pictures.masks"), Word | None),
-    **dict.fromkeys(("pictures.path", "pictures.labels", "autoencoder.start", ".clip", ".other"), Word | None),
+    **dict.fromkeys(
+        ("pictures.path", "pictures.labels", "entity", "autoencoder.start", ".clip", ".other"), Word | None
+    ),
     **dict.fromkeys(("prompt", "edit_prompt"), str | None),
-    **dict.fromkeys(("verbose", "check", "sided", "kill", "allow_same_judge"), bool),
+    **dict.fromkeys(("verbose", "check", "sided", "kill", "allow_same_judge", "quick", "make"), bool),
     **dict.fromkeys(("precisions", "memory_modes", "checkpoints", "engines", "judges"), Words),
     **dict.fromkeys(("down_block_types", "up_block_types"), Words),
     **dict.fromkeys(("commands.detector", "commands.transformer", "commands.classifier", "commands.card"), Words),
@@ -118,6 +122,7 @@ TYPES: dict[str, Any] = {
     ".default": Word,
     "drag": Annotated[list[Row], Field(min_length=1)] | None,
     "boxes": Annotated[list[Row], Field(min_length=2, max_length=2)] | None,
+    **dict.fromkeys(("only", "tags"), Words | None),
     "terms": Annotated[list[Any], Field(min_length=1)],
     ".models": Words | Word | None,
     ".heads": list[Word] | dict[str, Word],

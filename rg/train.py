@@ -8,10 +8,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.callbacks import LAST, finish_wandb, newest_checkpoint
+from rg.callbacks import LAST, describe_run, finish_wandb, newest_checkpoint, publish_head
 from rg.cli import claimed, command, link_latest
 from rg.data.datamodule import ReadoutDataModule
 from rg.heads.base import ReadoutHead
@@ -35,7 +35,12 @@ def train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
     backbone.to(trainer.strategy.root_device)
     # Other ranks of this run work beside the first; before the fit their trainers do not know that they are others.
     with claimed(run_dir) if rank_zero_only.rank == 0 else nullcontext():
-        _fit(trainer, head, data, run_dir)
+        describe_run(trainer, OmegaConf.to_container(cfg, resolve=True))
+        try:
+            _fit(trainer, head, data, run_dir)
+            publish_head(trainer, run_dir / "head", cfg.name)
+        finally:
+            finish_wandb(trainer)
     return head
 
 
@@ -51,8 +56,6 @@ def _fit(trainer: Trainer, head: ReadoutHead, data: ReadoutDataModule, run_dir: 
         if trainer.interrupted:  # Lightning's answer to Ctrl-C is to exit with 1
             raise KeyboardInterrupt from None
         raise
-    finally:
-        finish_wandb(trainer)
     trainer.save_checkpoint(run_dir / "checkpoints" / LAST, weights_only=False)
     if trainer.is_global_zero:
         head.labelled_by = data.labelled_by()

@@ -39,7 +39,7 @@ ONLY_IN = {
         *("rg/cli.py", "rg/train.py", "rg/sample.py", "rg/evaluate.py", "rg/edit.py"),
         *("data_prep/prepare.py", "experiments/*"),
     ),
-    "wandb": ("rg/callbacks.py",),
+    "wandb": ("rg/callbacks.py", "experiments/report/dashboard.py"),
     "matplotlib": ("rg/io/figures.py",),
     "rg.train": ("experiments/*",),
     "rg.sample": ("experiments/*",),

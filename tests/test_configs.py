@@ -19,7 +19,7 @@ CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
 WORLDS = sorted(path.stem for path in CONF.glob("world/[!_]*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
-SWEEPS = sorted(path.stem for path in CONF.glob("sweep/*.yaml"))
+SWEEPS = sorted(path.stem for path in CONF.glob("sweep/*.yaml") if path.stem != "wandb_bayes")
 RECIPES = sorted((f"pictures={path.parent.name}", f"data={path.stem}") for path in CONF.glob("recipe/*/*.yaml"))
 INSTRUCTIONS = {"defaults", "_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 # Arguments that rg.train reads off the backbone and gives to the head itself.

@@ -45,10 +45,15 @@ class Bench:
         cfg: with world, split, images, batch_size, seed, sampling, classifier.
         run_dir: keeps what is made, in a folder for each method.
         choose: gives the positions of the samples that can be used; None takes all.
+        kind: of the scenes, a key of data_prep.marionette.scene.KINDS; None: those of the poses.
     """
 
     def __init__(
-        self, cfg: DictConfig, run_dir: Path, choose: Callable[[Samples], Sequence[int]] | None = None
+        self,
+        cfg: DictConfig,
+        run_dir: Path,
+        choose: Callable[[Samples], Sequence[int]] | None = None,
+        kind: str | None = None,
     ) -> None:
         self.cfg, self.run_dir = cfg, run_dir
         edit = compose_config("edit", [f"world={cfg.world}"])
@@ -57,7 +62,9 @@ class Bench:
         self.backbone: DiffusionBackbone = instantiate(edit.world.backbone)
         self.detectors = {name: instantiate(edit.world.detectors[name]) for name in edit.world.judges}
         self.classifier = AttributeClassifier.from_pretrained(cfg.classifier)
-        builder = compose_config("train", [f"world={cfg.world}", "data=pose"]).data.builder
+        words = [f"data.builder.root=data/{cfg.world}_{kind}", f"++data.builder.source.kinds={{one: 0.0, {kind}: 1.0}}"]
+        words = [f"world={cfg.world}", "data=pose", *(words if kind else [])]
+        builder = compose_config("train", words).data.builder
         instantiate(builder)(split=cfg.split, n=cfg.images)
         found = read_shards(Path(builder.root) / cfg.split, cfg.images, autoencoder_id=self.backbone.autoencoder_id)
         self.samples: Samples = found if choose is None else found.take(choose(found))
@@ -92,7 +99,7 @@ class Bench:
 
         Raises:
             FileNotFoundError: there is no such head.
-            ValueError: a head that does not compare with a reference or was made for another backbone; all weights 0.
+            ValueError: a head that does not compare with a reference or was made for another backbone.
         """
         found: Heads = []
         for head_name, weight in method["heads"].items():
@@ -102,8 +109,6 @@ class Bench:
                 raise ValueError(f"methods.{name}.heads.{head_name}: {expected}, got {type(head).__name__}")
             head.check_taps(self.backbone.tap_channels, self.backbone.time_embed_dim, self.backbone.condition_dim)
             found.append((head.to(self.backbone.device).requires_grad_(False), float(weight)))
-        if found and not any(weight for _, weight in found):
-            raise ValueError(f"methods.{name}.heads: expected a weight other than 0, got {method['heads']}")
         return found
 
     def readout_size(self, head: RelativeHead) -> tuple[int, int]:
@@ -214,29 +219,36 @@ def publish(
     compared: Sequence[str],
     grid: Mapping[str, Tensor],
     command_line: str,
+    marks: Mapping[str, Any] | None = None,
 ) -> str:
     """Writes table.md, grid.png and results.json into the bench's folder; returns the table, see `table`.
 
     Args:
         grid: rows of images (N, 3, H, W) in [0, 1] by name.
+        marks: arrows and boxes of the images, in pixels, for those who draw them.
     """
     text = table(scores, baseline, compared)
     save_figure(image_grid(dict(grid), side=128), bench.run_dir / "grid.png")
     write_text(bench.run_dir / "table.md", text)
-    results = {"command": command_line, "images": len(bench.samples), "scores": scores}
+    for i, image in enumerate(bench.given):
+        save_image(image, bench.run_dir / "reference" / f"{i:05d}.png")
+    results = {"command": command_line, "images": len(bench.samples), "scores": scores, "marks": dict(marks or {})}
     write_json(bench.run_dir / "results.json", results)
     return text
 
 
 def check_methods(methods: DictConfig) -> dict[str, dict[str, Any]]:
-    """The methods of a configuration as plain values.
+    """The methods of a configuration as plain values; null ones are left out.
 
     Raises:
-        ValueError: there is none, or one says nothing of heads.
+        ValueError: there is none, or one says nothing of heads or gives all of them the weight 0.
     """
+    methods = OmegaConf.masked_copy(methods, [name for name, method in methods.items() if method is not None])
     if not methods:
         raise ValueError("methods: expected at least one {NAME: {heads: {HEAD: weight}}}, got none")
     for name, method in methods.items():
         if not OmegaConf.is_dict(method) or not OmegaConf.is_dict(method.get("heads")):
             raise ValueError(f"methods.{name}: expected {{heads: {{HEAD: weight}}}}, got {method}")
+        if method.heads and not any(method.heads.values()):
+            raise ValueError(f"methods.{name}.heads: expected a weight other than 0, got {method.heads}")
     return OmegaConf.to_container(methods, resolve=True)

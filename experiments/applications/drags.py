@@ -13,24 +13,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import cv2
-import numpy as np
 import torch
-import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Generator, Tensor
 
 from experiments.applications.bench import Bench, Heads, check_methods, publish
+from experiments.applications.drawing import draw_arrows
 from experiments.quality.relative import RawFeatures
 from rg.cli import claimed, command
 from rg.data.samples import Samples
+from rg.detectors.detection import MIRROR
 from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import ReferenceTarget
 from rg.heads.correspondence import CorrespondenceHead, nearest
 from rg.heads.relative import pick
-from rg.io.images import from_bytes, to_bytes
-from rg.points import KEYPOINTS, Size, cells, inside, rescale
+from rg.points import KEYPOINTS, Size, cells, inside
 
 # What is dragged, and the joint that it turns around.
 ENDS = {
@@ -43,15 +41,33 @@ REACH = 8.0  # pixels around the dragged limb that may change
 MATCHED_AT = 50  # timestep whose features the usual matcher reads
 
 
+BENDS = {"wrist": "elbow", "ankle": "knee"}
+
+
 @dataclass(frozen=True)
 class Drags:
     """One drag for each of B images: which keypoint (B,), from where and to where (B, 2), the joint it turns around
-    (B, 2), in pixels."""
+    (B, 2), in pixels; and where the elbow or knee between the two is (B, 2), or halfway where that is hidden."""
 
     keypoint: Tensor
     source: Tensor
     destination: Tensor
     pivot: Tensor
+    bend: Tensor
+
+    def along(self, count: int) -> tuple[Tensor, Tensor]:
+        """Sources and destinations (B, count, 2) of points of the limb that turns as a whole, from its end inwards.
+
+        They are evenly apart along end, bend and joint, the joint itself left out; one point is the end alone.
+        """
+        share = (torch.arange(count) / count)[None, :, None]
+        ends, bend, pivot = self.source[:, None], self.bend[:, None], self.pivot[:, None]
+        outer, inner = ends.lerp(bend, (2 * share).clamp(max=1)), bend.lerp(pivot, (2 * share - 1).clamp(min=0))
+        points = torch.where(share < 0.5, outer, inner)
+        start, goal = self.source - self.pivot, self.destination - self.pivot
+        angle = torch.atan2(goal[:, 1], goal[:, 0]) - torch.atan2(start[:, 1], start[:, 0])
+        turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).unflatten(-1, (2, 2))
+        return points, pivot + (points - pivot) @ turn.mT
 
 
 def draw_drag(keypoints: Tensor, length: float, size: Size, generator: Generator) -> tuple[int, Tensor, Tensor] | None:
@@ -85,8 +101,12 @@ def draw_drags(samples: Samples, length: float, seed: int) -> tuple[list[int], D
         found = draw_drag(samples.keypoints[position, 0], length, samples.size, generator)
         if found is not None:
             index, goal, pivot = found
+            person = samples.keypoints[position, 0]
+            side, end = KEYPOINTS[index].split("_")
+            bend = person[KEYPOINTS.index(f"{side}_{BENDS[end]}")]
+            bend = bend[:2] if bend[2] > 0 else (person[index, :2] + pivot) / 2
             kept.append(position)
-            drawn.append((torch.tensor(index), samples.keypoints[position, 0, index, :2], goal, pivot))
+            drawn.append((torch.tensor(index), person[index, :2], goal, pivot, bend))
     if not kept:
         raise ValueError(f"length: expected people with a limb to drag by {length} pixels, found none")
     return kept, Drags(*(torch.stack(values) for values in zip(*drawn, strict=True)))
@@ -129,27 +149,40 @@ class DragBench(Bench):
         self.outside = ~moved_part(self.drags, self.samples.size)
         self.raw = RawFeatures(**self.widths()).attach_backbone(self.backbone).eval()
 
-    def terms(self, heads: Heads, rows: slice) -> list[GuidanceTerm]:
-        """The energies of the drags of a slice."""
-        terms = []
+    def terms(
+        self, heads: Heads, rows: slice, *, points: int = 1, repulsion: float | None = None
+    ) -> list[GuidanceTerm]:
+        """The energies of the drags of a slice.
+
+        Args:
+            points: of the limb that are dragged; 1: its end alone.
+            repulsion: of the correspondence heads; None: their own.
+        """
+        terms, ends = [], [values[rows] for values in self.drags.along(points)]
         for head, weight in heads:
             if not isinstance(head, CorrespondenceHead):
                 terms.append(GuidanceTerm(head, ReferenceTarget(), weight))
                 continue
-            ends, size = (self.drags.source[rows], self.drags.destination[rows]), self.readout_size(head)
-            source, destination = (cells(points[:, None], self.samples.size, size) for points in ends)
+            if repulsion is not None:
+                head.hparams.repulsion = repulsion
+            size = self.readout_size(head)
+            source, destination = (cells(places, self.samples.size, size) for places in ends)
             reference = ReferenceTarget(keep=partial(pick, points=source.to(head.device)))
             terms.append(GuidanceTerm(head, reference, weight, {"source": source, "destination": destination}))
         return terms
 
     def score(self, images: Tensor) -> dict[str, list[float]]:
-        """Of each image (B, 3, H, W): pixels from the goal by every detector and by the usual matcher, PSNR of what
-        should stay, and the share of attributes that the classifier reads as in the reference."""
+        """Of each image (B, 3, H, W): pixels from the goal by every detector, of the keypoint and of the nearer of it
+        and its mirrored one, and whether that is less than half the way; pixels by the usual matcher; PSNR of what
+        should stay; the share of attributes that the classifier reads as in the reference."""
         scores = {}
         for name, detector in self.detectors.items():
             points = detector.detect(images).points[:, 0]
             found = points[torch.arange(len(points)), self.drags.keypoint]
-            scores[f"distance, {name}"] = (found - self.drags.destination).norm(dim=-1)
+            other = points[torch.arange(len(points)), torch.tensor(MIRROR)[self.drags.keypoint]]
+            far = torch.stack([(place - self.drags.destination).norm(dim=-1) for place in (found, other)])
+            scores[f"distance, {name}"], scores[f"distance, {name}, either side"] = far[0], far.amin(0)
+            scores[f"arrived, {name}"] = (far.amin(0) < self.cfg.length / 2).float()
         scores["distance, matcher"] = (self.match(images) - self.drags.destination).norm(dim=-1)
         scores["PSNR outside"] = fidelity(images, self.given, self.outside)
         scores["attributes kept"] = self.attributes_kept(images)
@@ -176,27 +209,19 @@ def run(cfg: DictConfig, run_dir: Path, command_line: str) -> str:
     methods = check_methods(cfg.methods)
     with claimed(run_dir):
         bench = DragBench(cfg, run_dir)
-        images = {name: bench.make(name, m, bench.terms, prompts=bench.samples.prompt) for name, m in methods.items()}
+        images = {
+            name: bench.make(name, m, partial(bench.terms, **m.get("pull", {})), prompts=bench.samples.prompt)
+            for name, m in methods.items()
+        }
         scores = {name: bench.score(made) for name, made in {"reference": bench.given, **images}.items()}
         shown = {name: made[:GRID] for name, made in {"reference": bench.given, **images}.items()}
-        grid = {name: draw_arrows((made + 1) / 2, bench.drags) for name, made in shown.items()}
-        return publish(bench, scores, "unguided", ["distance"], grid, command_line)
+        ends = bench.drags.source, bench.drags.destination
+        grid = {name: draw_arrows((made + 1) / 2, *ends) for name, made in shown.items()}
+        arrows = torch.cat(ends, 1).tolist()
+        return publish(bench, scores, "unguided", ["distance", "arrived"], grid, command_line, {"arrows": arrows})
 
 
 GRID = 8
-
-
-def draw_arrows(images: Tensor, drags: Drags, scale: int = 4) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1], `scale` times as large, with each drag's arrow."""
-    size = (scale * images.shape[-2], scale * images.shape[-1])
-    drawn = []
-    for image, *ends in zip(F.interpolate(images, size), drags.source, drags.destination, strict=False):
-        canvas = np.ascontiguousarray(to_bytes(image * 2 - 1).permute(1, 2, 0).numpy())
-        start, end = (tuple(int(v) for v in rescale(p, images.shape[-2:], size).round().tolist()) for p in ends)
-        cv2.arrowedLine(canvas, start, end, (0, 0, 0), 4, cv2.LINE_AA, tipLength=0.3)
-        cv2.arrowedLine(canvas, start, end, (255, 255, 0), 2, cv2.LINE_AA, tipLength=0.3)
-        drawn.append(from_bytes(torch.from_numpy(canvas).permute(2, 0, 1)))
-    return (torch.stack(drawn) + 1) / 2
 
 
 @command("experiments/drags")

@@ -7,7 +7,8 @@ import torch
 from omegaconf import OmegaConf
 
 from experiments.applications.bench import table
-from experiments.applications.drags import Drags, draw_arrows, draw_drag, fidelity, moved_part, run
+from experiments.applications.drags import Drags, draw_drag, fidelity, moved_part, run
+from experiments.applications.drawing import draw_arrows, draw_boxes
 from rg.cli import compose_config
 from rg.points import KEYPOINTS
 
@@ -48,6 +49,7 @@ def test_what_cannot_turn_is_not_dragged():
 
 def make_drags():
     points = (torch.tensor([[40.0, 30.0]]), torch.tensor([[30.0, 40.0]]), torch.tensor([[30.0, 30.0]]))
+    points = (*points, torch.tensor([[35.0, 32.0]]))
     return Drags(torch.tensor([7]), *points)
 
 
@@ -55,6 +57,15 @@ def test_the_moved_part_is_the_sector_and_what_is_near():
     near = moved_part(make_drags(), SIZE, reach=3.0)[0]
     assert near[30, 40] and near[40, 30] and near[35, 35] and near[30, 30] and near[27, 35]
     assert not near[26, 35] and not near[45, 45] and not near[10, 10] and not near[30, 45]
+
+
+def test_points_of_a_limb_turn_as_a_whole():
+    drags = make_drags()
+    sources, goals = drags.along(4)
+    assert torch.allclose(sources[0], torch.tensor([[40.0, 30.0], [37.5, 31.0], [35.0, 32.0], [32.5, 31.0]]))
+    assert torch.allclose(goals[0], torch.tensor([[30.0, 40.0], [29.0, 37.5], [28.0, 35.0], [29.0, 32.5]]), atol=1e-5)
+    (source,), (goal,) = drags.along(1)
+    assert torch.equal(source, drags.source) and torch.allclose(goal, drags.destination, atol=1e-5)
 
 
 def test_fidelity_is_the_psnr_of_what_should_stay():
@@ -80,15 +91,23 @@ def test_the_table_compares_with_unguided_images():
 
 
 def test_an_arrow_is_drawn_from_the_point_to_its_goal():
-    drawn = draw_arrows(torch.zeros(1, 3, 64, 64), make_drags(), scale=2)
+    drags = make_drags()
+    drawn = draw_arrows(torch.zeros(1, 3, 64, 64), drags.source, drags.destination)
     yellow = (drawn[0, 0] > 0.5) & (drawn[0, 2] < 0.5)
     rows, columns = yellow.nonzero().unbind(1)
-    assert drawn.shape[-2:] == (128, 128) and 58 <= rows.min() <= 64 and 78 <= columns.max() <= 84
+    assert drawn.shape[-2:] == (256, 256) and 116 <= rows.min() <= 128 and 156 <= columns.max() <= 168
+
+
+def test_a_box_is_drawn_inside_its_ends():
+    drawn = draw_boxes(torch.zeros(1, 3, 64, 64), torch.tensor([[10, 20, 30, 50]]))
+    rows, columns = ((drawn[0, 0] > 0.5) & (drawn[0, 2] < 0.5)).nonzero().unbind(1)
+    assert 39 <= columns.min() <= 41 and 118 <= columns.max() <= 120 and 198 <= rows.max() <= 200
 
 
 def test_a_method_without_weights_and_an_unknown_head_are_named(tmp_path):
     base = compose_config("experiments/drags", ["images=2"])
-    for methods, named in (({"x": {"weights": 1}}, "methods.x"), ({"x": None}, "methods.x")):
+    zero = {"x": {"heads": {"correspondence": 0}}}  # and what is null is left out
+    for methods, named in (({"x": {"weights": 1}}, "methods.x"), ({"x": None}, "at least one"), (zero, "other than 0")):
         with pytest.raises(ValueError, match=named):
             run(OmegaConf.merge(base, {"methods": None}, {"methods": methods}), tmp_path, "")
 

@@ -1,0 +1,1 @@
+"""The paper's figures, measured here, on one page: make report."""
