@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rg.cli import BAD_INPUT, OUTPUTS, command
+from rg.cli import OUTPUTS, command
 
 log = logging.getLogger(__name__)
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -29,7 +29,7 @@ def load_judges(world: DictConfig) -> dict[str, Any]:
     for name in world.judges:
         try:
             judges[name] = instantiate(world.detectors[name])
-        except (*BAD_INPUT, Exception) as error:
+        except Exception as error:
             log.warning("judge %s is left out: %s", name, str(error).splitlines()[0])
     return judges
 
@@ -46,7 +46,9 @@ def start(cfg: DictConfig, words: list[str]) -> Any:
     try:
         import gradio  # noqa: F401
     except ImportError:
-        raise ValueError("rg.app: expected the package gradio, found none: make app, or pip install -e '.[app]'") from None
+        raise ValueError(
+            "rg.app: expected the package gradio, found none: make app, or pip install -e '.[app]'"
+        ) from None
     from rg.app.jobs import Jobs
     from rg.app.model import Model
     from rg.app.page import serve

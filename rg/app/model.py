@@ -107,7 +107,7 @@ class Model:
         shown: gr.HTML,
         errors: Errors,
     ) -> None:
-        """Lets one button begin `make(values of the fields by name, report)`, whose HTML is shown, and another stop it."""
+        """Lets one button begin `make(values of the fields, report)`, whose HTML is shown, and another stop it."""
 
         def start(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
             given = dict(zip(fields, values, strict=True))

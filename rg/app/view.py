@@ -47,7 +47,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence
     """A table of texts, each with a class of page.css."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in (title, *columns))
     body = "".join(
-        f"<tr><td>{html.escape(name)}</td>" + "".join(f'<td class="{kind}">{text}</td>' for text, kind in cells) + "</tr>"
+        f"<tr><td>{html.escape(name)}</td>"
+        + "".join(f'<td class="{kind}">{text}</td>' for text, kind in cells)
+        + "</tr>"
         for name, cells in rows
     )
     return f'<table class="scores"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
