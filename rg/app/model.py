@@ -100,25 +100,36 @@ class Model:
 
     def bind(
         self,
-        begin: gr.Button,
-        stop: gr.Button,
-        make: Callable[[Mapping[str, Any], Report], str],
+        begin: Any,
+        stop: gr.Button | None,
+        make: Callable[[Mapping[str, Any], Report], Any],
         fields: Mapping[str, Any],
         shown: gr.HTML,
         errors: Errors,
+        keep: gr.State | None = None,
     ) -> None:
-        """Lets one button begin `make(values of the fields, report)`, whose HTML is shown, and another stop it."""
+        """Lets a button or an event begin `make(values of the fields, report)`, whose HTML is shown.
+
+        Args:
+            stop: ends it; None where the button is bound already.
+            keep: what gets the second of the two things that `make` then returns, for this user alone.
+        """
 
         def start(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
             given = dict(zip(fields, values, strict=True))
-            yield from self.answer(request, partial(make, given), errors)
+            for shown, *said in self.answer(request, partial(make, given), errors):
+                kept = shown[1] if isinstance(shown, tuple) else gr.skip()
+                first = shown[0] if isinstance(shown, tuple) else shown
+                yield [first, *said, kept] if keep is not None else [first, *said]
 
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        outputs = [shown, *errors.components]
-        begin.click(start, list(fields.values()), outputs, concurrency_limit=None, **private)
-        stop.click(self.stop, queue=False, **private)
+        outputs = [shown, *errors.components, *([] if keep is None else [keep])]
+        listen = begin.click if isinstance(begin, gr.Button) else begin
+        listen(start, list(fields.values()), outputs, concurrency_limit=None, **private)
+        if stop is not None:
+            stop.click(self.stop, queue=False, **private)
 
-    def answer(self, request: gr.Request, job: Callable[[Report], str], errors: Errors) -> Iterator[list[Any]]:
+    def answer(self, request: gr.Request, job: Callable[[Report], Any], errors: Errors) -> Iterator[list[Any]]:
         """What a tab's button yields: the HTML of a job as it grows, and what is wrong, beside its field."""
         yield [gr.skip(), *errors.say()]
         try:

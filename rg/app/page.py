@@ -2,10 +2,10 @@
 
 import gradio as gr
 
-from rg.app import tab_pose, view
+from rg.app import tab_drag, tab_pose, view
 from rg.app.model import Model
 
-TABS = {"Pose": tab_pose.build}
+TABS = {"Pose": tab_pose.build, "Drag": tab_drag.build}
 # Gradio's own themes ask a server for their fonts.
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 

@@ -126,6 +126,29 @@ def pose_editor(size: Size, field: str, result: str) -> gr.HTML:
     return editor(template, "pose.js", setup)
 
 
+def drag_editor(size: Size, field: str, result: str) -> gr.HTML:
+    """Arrows over the first picture of `result`; they are in the text of `field`, see `pose_editor`."""
+    template = (
+        f'<div class="canvas arrows"><svg viewBox="0 0 {size[1]} {size[0]}" aria-label="drag editor">'
+        f'<image width="{size[1]}" height="{size[0]}" href=""></image></svg><div class="said" aria-live="polite"></div>'
+        '<div class="bar"><button type="button" data-do="undo">Undo</button>'
+        '<button type="button" data-do="clear">Clear</button></div></div>'
+    )
+    return editor(template, "drag.js", {"size": size, "field": field, "result": result})
+
+
+def before_after(before: Tensor, after: Tensor) -> str:
+    """Two pictures of one size over each other, and a slider that moves the border between them."""
+    shape = f"{before.shape[-1]}/{before.shape[-2]}"
+    return (
+        f'<div class="compare" style="--shape: {shape}"><img data-name="reference" alt="before" src="{source(before)}">'
+        f'<img class="after" data-name="guided" alt="after" src="{source(after)}">'
+        '<input type="range" min="0" max="100" value="50" aria-label="before and after" '
+        "oninput=\"this.parentNode.style.setProperty('--share', this.value + '%')\"></div>"
+        '<div class="state">left of the border before, right of it after</div>'
+    )
+
+
 def editor(template: str, script: str, setup: Mapping[str, Any]) -> gr.HTML:
     """A component of one's own: its HTML, and the script of static/ that makes it work, which finds SETUP."""
     code = (STATIC / script).read_text(encoding="utf-8")
