@@ -108,7 +108,7 @@ def pose_editor(size: Size, field: str, result: str) -> gr.HTML:
     bar += '<label class="file">Load JSON<input type="file" accept=".json,application/json"></label>'
     bar += '<label><input type="checkbox" checked> picture behind</label>'
     template = (
-        f'<div class="canvas"><svg viewBox="0 0 {size[1]} {size[0]}" tabindex="0" aria-label="pose editor">'
+        f'<div class="canvas pose"><svg viewBox="0 0 {size[1]} {size[0]}" tabindex="0" aria-label="pose editor">'
         f'<image width="{size[1]}" height="{size[0]}" href=""></image></svg>'
         f'<div class="said" aria-live="polite"></div><div class="bar">{bar}</div></div>'
     )

@@ -67,13 +67,13 @@ def visit(chromium, page_server):
 
     def go(url=page_server.url, width=1280, **options):
         context = chromium.new_context(viewport={"width": width, "height": 900}, **options)
-        context.set_default_timeout(60_000)
+        context.set_default_timeout(120_000)
         contexts.append(context)
         page = context.new_page()
         page.on("request", lambda sent: None if local(sent.url) else outside.append(sent.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(url)
-        page.wait_for_selector(".canvas circle")
+        page.wait_for_selector(".pose circle")
         page.wait_for_function("document.querySelector('#pose-json textarea').value.length > 100")
         return page
 

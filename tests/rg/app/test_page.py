@@ -43,7 +43,7 @@ def drag_joint(page, joint, dx, dy):
 def test_a_joint_is_dragged_and_a_picture_made_which_its_command_makes_again(visit, page_server, root):
     page = visit()
     before = pose(page)
-    pixels = page.locator(".canvas svg").bounding_box()["width"] / 64
+    pixels = page.locator(".pose svg").bounding_box()["width"] / 64
     drag_joint(page, 4, 10 * pixels, -5 * pixels)
     after = pose(page)
     moved = np.subtract(after[0][4], before[0][4])
@@ -53,7 +53,7 @@ def test_a_joint_is_dragged_and_a_picture_made_which_its_command_makes_again(vis
     page.wait_for_selector("#pose-result table.scores")
     names = page.eval_on_selector_all("#pose-result img[data-name]", "all => all.map(one => one.dataset.name)")
     assert names == ["unguided", "guided", "control", "readout"]
-    assert page.locator(".canvas svg image").get_attribute("href").startswith("data:image/png")
+    assert page.locator(".pose svg image").get_attribute("href").startswith("data:image/png")
     line = shlex.split(page.inner_text("pre.command"))
     folder = page_server.folder / page.inner_text("#pose-result .state").removeprefix("kept in ")
     assert json.loads((folder / "pose.json").read_text())["keypoints"] == after
@@ -82,16 +82,16 @@ def test_the_editor_hides_mirrors_adds_removes_and_undoes(visit):
     assert len(pose(page)) == 2
     page.click("button[data-do=remove]")
     assert len(pose(page)) == 1
-    page.select_option(".canvas select", label="two people")
+    page.select_option(".pose select", label="two people")
     assert len(pose(page)) == 2
     file = {
         "name": "own.json",
         "mimeType": "application/json",
         "buffer": json.dumps({"size": [64, 64], "keypoints": start}).encode(),
     }
-    page.set_input_files(".canvas input[type=file]", file)
+    page.set_input_files(".pose input[type=file]", file)
     page.wait_for_function("JSON.parse(document.querySelector('#pose-json textarea').value).keypoints.length == 1")
-    assert page.locator("circle").count() == 18
+    assert page.locator(".pose circle").count() == 18
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_two_users_share_nothing(visit):
     one, two = visit(), visit()
     drag_joint(one, 4, 40, 0)
     assert pose(one) != pose(two)
-    make(one, steps=40)
+    make(one, steps=20)
     one.wait_for_selector("#pose-result img[data-name]")
     two.click("#pose-stop")
     assert two.locator("#pose-result img[data-name]").count() == 0
@@ -151,7 +151,7 @@ def test_two_users_share_nothing(visit):
 def test_the_page_fits_every_width(visit, width, scheme):
     page = visit(width=width, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    picture = page.locator(".canvas svg").bounding_box()
+    picture = page.locator(".pose svg").bounding_box()
     assert picture["width"] >= 250 and abs(picture["width"] - picture["height"]) < 2
 
 
