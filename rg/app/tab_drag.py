@@ -54,7 +54,7 @@ def upload(model: Model, given: Mapping[str, Any]) -> Tensor:
     try:
         image = fit_image(open_image(path), model.size)
     except ValueError as error:
-        raise ValueError(f"reference: {str(error).removeprefix(f'{path}: ')}") from error
+        raise ValueError(f"reference: {str(error).replace(str(path), path.name)}") from error
     finally:
         path.unlink(missing_ok=True)
     return from_bytes(pixels(image))
