@@ -52,7 +52,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence
         + "</tr>"
         for name, cells in rows
     )
-    return f'<table class="scores"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    parts = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="wide"><table class="scores">{parts}</table></div>'
 
 
 def wrong(message: str) -> str:
