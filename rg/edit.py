@@ -17,6 +17,7 @@ from rg.backbone.diffusion import DiffusionBackbone
 from rg.backbone.inversion import invert
 from rg.cli import command, link_latest
 from rg.generation import (
+    Watch,
     check_sampling,
     crop_box,
     generate,
@@ -25,6 +26,7 @@ from rg.generation import (
     image_size,
     set_scheduler,
     show_progress,
+    watched,
 )
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.step import StepTrace
@@ -177,9 +179,14 @@ class Edit:
     Args:
         cfg: as of conf/edit.yaml.
         run_dir: gets reference.png, the new images as 00000.png, ..., and grid.png.
+        backbone: the one of `cfg.world` where it is loaded already.
+        noise: what `reference_noise` gave for the same reference, prompt and steps, where that is known already.
+        watch: see rg.generation.watched.
 
     Attributes:
         trace: of the guided images, step by step, once `run` is through; see rg.guidance.ReadoutGuidance.
+        noise: of the reference, once `run` is through.
+        rows: all images by name, (B, 3, H, W) in [-1, 1] each, once `run` is through.
 
     Raises:
         FileNotFoundError: there is no such head.
@@ -187,7 +194,15 @@ class Edit:
             `parse_boxes`.
     """
 
-    def __init__(self, cfg: DictConfig, run_dir: Path) -> None:
+    def __init__(
+        self,
+        cfg: DictConfig,
+        run_dir: Path,
+        *,
+        backbone: DiffusionBackbone | None = None,
+        noise: Tensor | None = None,
+        watch: Watch | None = None,
+    ) -> None:
         for name in ("images", "batch_size"):
             if cfg[name] < 1:
                 raise ValueError(f"{name}: expected at least 1, got {cfg[name]}")
@@ -195,7 +210,9 @@ class Edit:
             raise ValueError(f"noise: expected new or reference, got {cfg.noise}")
         self.cfg, self.run_dir, self.prompt = cfg, run_dir, cfg.prompt or ""
         self.trace: list[StepTrace] = []
-        self.backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
+        self.rows: dict[str, Tensor] = {}
+        self.backbone: DiffusionBackbone = instantiate(cfg.world.backbone) if backbone is None else backbone
+        self.noise, self.watch = noise, watch
         self.heads = load_heads(cfg, self.backbone)
         self.sampling = check_sampling(self.backbone, cfg.sampling)
         self.size = image_size(self.backbone, cfg.sampling)
@@ -264,14 +281,14 @@ class Edit:
         if not isinstance(arguments.get("negative_prompt"), str):  # a list is of the new images
             arguments.pop("negative_prompt", None)
         show_progress(self.backbone.pipeline, "reference")
-        with guidance.record(self.backbone.pipeline):
+        with watched(self.backbone.pipeline, self.watch, "reference"), guidance.record(self.backbone.pipeline):
             seeds = image_seeds(self.cfg.seed, [0])
             return generate(self.backbone.pipeline, [self.prompt], seeds=seeds, latents=noise, **arguments)
 
     def run(self) -> Tensor:
         """Writes everything; returns the new images (B, 3, H, W) in [-1, 1]."""
         cfg, pipe = self.cfg, self.backbone.pipeline
-        noise = self.reference_noise()
+        noise = self.noise = self.reference_noise() if self.noise is None else self.noise
         guidance: ReadoutGuidance = instantiate(cfg.guidance)(terms=self.terms(noise))
         guidance.check_noise(cfg.sampling.get("eta"))
         reference = self.reference(noise, guidance)
@@ -281,10 +298,13 @@ class Edit:
             arguments["latents"] = noise.expand(cfg.images, -1, -1, -1)
         prompts = [self.prompt if cfg.edit_prompt is None else cfg.edit_prompt] * cfg.images
         show_progress(pipe, "unguided")
-        unguided, _ = generate_in_batches(pipe, prompts, **arguments)
+        with watched(pipe, self.watch, "unguided"):
+            unguided, _ = generate_in_batches(pipe, prompts, **arguments)
         show_progress(pipe, "guided")
-        guided, self.trace = generate_in_batches(pipe, prompts, guide=lambda _: guidance, **arguments)
-        self.write({"reference": reference.expand(cfg.images, -1, -1, -1), "unguided": unguided, "guided": guided})
+        with watched(pipe, self.watch, "guided"):
+            guided, self.trace = generate_in_batches(pipe, prompts, guide=lambda _: guidance, **arguments)
+        self.rows = {"reference": reference.expand(cfg.images, -1, -1, -1), "unguided": unguided, "guided": guided}
+        self.write(self.rows)
         energies = [float(step.energy.mean()) for step in self.trace]
         if energies:
             log.info("mean energy: %.4f at the first guided step, %.4f at the last", energies[0], energies[-1])

@@ -1,7 +1,7 @@
 """Images from a pipeline, guided or not, and the controls that guide them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import refresh_seconds
+from rg.guidance.attach import scheduler_step
 from rg.guidance.guidance import ReadoutGuidance
 from rg.guidance.step import StepTrace
 from rg.io.images import open_image
@@ -136,6 +137,31 @@ def join_traces(traces: Sequence[Sequence[StepTrace]]) -> list[StepTrace]:
         condition = "own" if any(step.condition == "own" for step in steps) else steps[0].condition
         joined.append(replace(steps[0], **values, readouts=readouts, condition=condition))
     return joined
+
+
+# Gets what is being made, such as "guided", and latents (B, C, h, w) after every step; what it raises ends the run.
+Watch = Callable[[str, Tensor], None]
+
+
+@contextmanager
+def watched(pipe: Any, watch: Watch | None, what: str) -> Iterator[None]:
+    """Calls `watch(what, latents)` after every step that the pipeline's scheduler takes inside the context.
+
+    The latents are those of the images that the step expects to come out (x0), where the scheduler says so (DDIM,
+    DDPM, Euler), else x_{t-1}.
+    """
+    if watch is None:
+        yield
+        return
+
+    def answer(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        answered = step(*args, **kwargs)
+        values = answered if isinstance(answered, tuple) else answered.to_tuple()
+        watch(what, values[-1].detach())
+        return answered
+
+    with scheduler_step(pipe.scheduler, answer):
+        yield
 
 
 def show_progress(pipe: Any, what: str) -> None:

@@ -1,6 +1,7 @@
 """Guided images from the command line: python -m rg.sample +experiment=pose_control"""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from rg.backbone.diffusion import DiffusionBackbone
 from rg.cli import command, link_latest, load_configured_head
 from rg.data.shards import read_shards
 from rg.generation import (
+    Watch,
     check_sampling,
     fit_image,
     generate_in_batches,
@@ -23,8 +25,10 @@ from rg.generation import (
     image_size,
     set_scheduler,
     show_progress,
+    watched,
 )
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
+from rg.guidance.step import StepTrace
 from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
 from rg.io.figures import image_grid, save_figure
@@ -69,13 +73,46 @@ def resized(control: Tensor, from_size: Size, to_size: Size) -> Tensor:
     return torch.cat([rescale(control[..., :2], from_size, to_size), control[..., 2:]], -1)
 
 
-def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
-    """Writes guided images and grid.png into run_dir; returns the images (B, 3, H, W) in [-1, 1]."""
+@dataclass(frozen=True)
+class Sampled:
+    """What one command makes: B images, unguided and guided, (B, 3, H, W) in [-1, 1], and what guided them.
+
+    control, readout: as images (1 or B, 3, h, w) in [0, 1]; None where no readouts were kept.
+    target: the control itself.
+    trace: of the guided images, step by step.
+    """
+
+    unguided: Tensor
+    guided: Tensor
+    control: Tensor | None
+    readout: Tensor | None
+    target: FixedTarget
+    trace: list[StepTrace]
+
+    def write(self, run_dir: Path) -> None:
+        """Writes the guided images and grid.png, whole or not at all."""
+        rows = {"unguided": (self.unguided + 1) / 2, "guided": (self.guided + 1) / 2}
+        if self.readout is not None:
+            rows = {"control": self.control, **rows, "readout": self.readout}
+        for number, image in enumerate(self.guided):
+            save_image(image, run_dir / f"{number:05d}.png")
+        save_figure(image_grid(rows, side=128), run_dir / "grid.png")
+        link_latest(run_dir)
+
+
+def make_images(cfg: DictConfig, backbone: DiffusionBackbone | None = None, watch: Watch | None = None) -> Sampled:
+    """The images of a configuration of conf/sample.yaml; nothing is written.
+
+    Args:
+        backbone: the one of `cfg.world` where it is loaded already.
+        watch: see rg.generation.watched.
+    """
     for name in ("images", "batch_size"):
         if cfg[name] < 1:
             raise ValueError(f"{name}: expected at least 1, got {cfg[name]}")
     head = load_configured_head(cfg.head, cfg.world.family)
-    backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
+    if backbone is None:
+        backbone = instantiate(cfg.world.backbone)
     head.check_taps(backbone.tap_channels, backbone.time_embed_dim, backbone.condition_dim)
     head.to(backbone.device)
     set_scheduler(backbone.pipeline, cfg.scheduler)
@@ -90,24 +127,29 @@ def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
         return instantiate(cfg.guidance)(terms=[GuidanceTerm(head, FixedTarget(control))])
 
     show_progress(backbone.pipeline, "unguided")
-    unguided, _ = generate_in_batches(backbone.pipeline, prompts, **arguments)
+    with watched(backbone.pipeline, watch, "unguided"):
+        unguided, _ = generate_in_batches(backbone.pipeline, prompts, **arguments)
     show_progress(backbone.pipeline, "guided")
-    guided, trace = generate_in_batches(backbone.pipeline, prompts, guide=guide, **arguments)
-    rows = {"unguided": (unguided + 1) / 2, "guided": (guided + 1) / 2}
+    with watched(backbone.pipeline, watch, "guided"):
+        guided, trace = generate_in_batches(backbone.pipeline, prompts, guide=guide, **arguments)
+    control = readout = None
     if trace and trace[-1].readouts:  # none without guidance.keep_readouts
         readouts = trace[-1].readouts[0]
         size = (readouts.shape[-2], readouts.shape[-1])
         wanted = target.encode(head, readout_size=size, image_size=tuple(guided.shape[-2:]), device=readouts.device)
-        rows = {"control": head.preview(wanted), **rows, "readout": head.preview(readouts)}
-    for number, image in enumerate(guided):
-        save_image(image, run_dir / f"{number:05d}.png")
-    save_figure(image_grid(rows, side=128), run_dir / "grid.png")
-    link_latest(run_dir)
-    energies = [float(step.energy.mean()) for step in trace]
+        control, readout = head.preview(wanted), head.preview(readouts)
+    return Sampled(unguided, guided, control, readout, target, trace)
+
+
+def sample(cfg: DictConfig, run_dir: Path) -> Tensor:
+    """Writes guided images and grid.png into run_dir; returns the images (B, 3, H, W) in [-1, 1]."""
+    made = make_images(cfg)
+    made.write(run_dir)
+    energies = [float(step.energy.mean()) for step in made.trace]
     if energies:
         log.info("mean energy: %.4f at the first guided step, %.4f at the last", energies[0], energies[-1])
     print(f"{run_dir}/grid.png")
-    return guided
+    return made.guided
 
 
 @command("sample", stopped="nothing is kept; the same command begins again")

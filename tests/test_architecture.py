@@ -25,6 +25,7 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/backbone/*": ({"rg.backbone", "rg.models", "rg.points", "rg.io"}, ANY),
     "rg/heads/*": ({"rg.heads", "rg.backbone", "rg.metrics", "rg.points", "rg.models", "rg.io"}, ANY),
     "rg/guidance/*": ({"rg.guidance", "rg.backbone", "rg.heads", "rg.io", "rg.points"}, ANY),
+    "rg/app/*": ({"rg"}, ANY),
     "rg/*.py": ({"rg"}, ANY),
     "data_prep/annotators/pose/judge.py": ({"data_prep", "rg.detectors.detection", "rg.io"}, {"torch"}),
     "data_prep/*": (
@@ -36,13 +37,15 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
 # package: the only files that may import it.
 ONLY_IN = {
     "hydra": (
-        *("rg/cli.py", "rg/train.py", "rg/sample.py", "rg/evaluate.py", "rg/edit.py"),
+        *("rg/cli.py", "rg/train.py", "rg/sample.py", "rg/evaluate.py", "rg/edit.py", "rg/app/__main__.py"),
         *("data_prep/prepare.py", "experiments/*"),
     ),
     "wandb": ("rg/callbacks.py", "experiments/report/dashboard.py"),
     "matplotlib": ("rg/io/figures.py",),
+    "gradio": ("rg/app/*",),
+    "rg.app": ("rg/app/*",),
     "rg.train": ("experiments/*",),
-    "rg.sample": ("experiments/*",),
+    "rg.sample": ("experiments/*", "rg/app/*"),
     "rg.evaluate": ("experiments/*",),
 }
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = [Requirement(line) for line in PROJECT["dependencies"]]
 DEV = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
 # Locked, but installed only where they are asked for.
-OPTIONAL = [Requirement(line) for extra in ("ray", "slurm") for line in PROJECT["optional-dependencies"][extra]]
+OPTIONAL = [Requirement(line) for extra in ("ray", "slurm", "app") for line in PROJECT["optional-dependencies"][extra]]
 # Needed although no file imports them: why.
 INDIRECT = {
     "accelerate": "diffusers loads and offloads models with it",
@@ -116,7 +116,7 @@ def test_conda_gets_what_make_setup_installs() -> None:
 def test_declared_is_what_is_imported() -> None:
     declared = {canonicalize_name(requirement.name) for requirement in CORE}
     # Imported where they are used alone: who labels no photographs, or has one machine, does without.
-    extras = ("photographs", "ray", "slurm")
+    extras = ("photographs", "ray", "slurm", "app")
     lines = [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
     lazy = {canonicalize_name(Requirement(line).name) for line in lines}
     assert imported() - declared == lazy, "imported but not in pyproject.toml, or the other way round"

@@ -260,7 +260,7 @@ def test_other_words_are_left_to_hydra_as_they_are():
 
 
 COMMANDS = sorted(
-    path.relative_to(CONF.parent).with_suffix("").as_posix().replace("/", ".")
+    path.relative_to(CONF.parent).with_suffix("").as_posix().replace("/", ".").removesuffix(".__main__")
     for package in ("rg", "data_prep", "experiments")
     for path in (CONF.parent / package).rglob("*.py")
     if re.search(r"^@command\(", path.read_text(), re.MULTILINE)

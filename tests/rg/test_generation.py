@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.generation import SCHEDULERS, check_sampling, generate, generate_in_batches, image_seeds, set_scheduler
+from rg.generation import SCHEDULERS, check_sampling, generate, generate_in_batches, image_seeds, set_scheduler, watched
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
 from rg.io.images import load_control, save_image
@@ -201,3 +201,27 @@ def test_a_controlnets_image_is_a_file_cut_to_the_size_of_the_images(tmp_path, t
         check_sampling(backbone, OmegaConf.create({"image": str(tmp_path / "none.png")}))
     with pytest.raises(ValueError, match="sampling.image: .*takes no such setting"):
         check_sampling(DiffusionBackbone(tiny_pipeline()), asked)
+
+
+@pytest.mark.parametrize("update", [None, "score", "mpgd"])
+def test_who_watches_sees_every_step_changes_nothing_and_may_end_the_run(tiny_pipeline, tiny_head, poses, update):
+    pipe, seen = tiny_pipeline(), []
+    terms = [GuidanceTerm(tiny_head(pipe.unet, variant="keypoints"), FixedTarget(poses(1)))]
+    guidance = None if update is None else ReadoutGuidance(terms, update=update)
+    asked = {"seeds": [0], "num_inference_steps": 4, "guidance_scale": 2.0, "guidance": guidance}
+    plain = generate(pipe, ["a person"], **asked)
+    with watched(pipe, lambda what, latents: seen.append((what, latents)), "guided"):
+        assert torch.equal(generate(pipe, ["a person"], **asked), plain)
+    assert [what for what, _ in seen] == ["guided"] * 4
+    # The last step's x0 is the image, but for the noise of t = 0, at which DDIM ends.
+    if update != "mpgd":  # which moves what the scheduler gave
+        last = DiffusionBackbone(pipe).decode(seen[-1][1])
+        torch.testing.assert_close(last, plain, atol=1e-2, rtol=0)
+
+    def end(what, latents):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError), watched(pipe, end, "guided"):
+        generate(pipe, ["a person"], **asked)
+    assert "step" not in vars(pipe.scheduler) and not hasattr(pipe.unet, "_diffusers_hook")
+    assert torch.equal(generate(pipe, ["a person"], **asked), plain)
