@@ -295,7 +295,8 @@ def answer_help() -> None:
     """Prints what a command does and its settings, with the comments of its file, and exits; reads text alone."""
     words = sys.orig_argv
     module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
-    source = (CONF.parent / module.replace(".", "/")).with_suffix(".py")
+    place = CONF.parent / module.replace(".", "/")
+    source = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
     code = source.read_text(encoding="utf-8") if module and source.is_file() else ""
     found = re.search(r'^@command\("([\w/]+)"', code, re.MULTILINE)
     if not found:

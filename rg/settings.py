@@ -64,6 +64,13 @@ TYPES: dict[str, Any] = {
     ),
     **dict.fromkeys(("together", "parts", "sheet_images", "held_out", "pictures.train", "workers", "tries"), Count),
     **dict.fromkeys(("tokens", "rounds", "guidance.every", "repeats.times"), Count),
+    **dict.fromkeys(("adapter_blocks", "pictures.steps", "pictures.together", "pictures.min_keypoints"), Count),
+    **dict.fromkeys(("pictures.timestep",), Index),
+    **dict.fromkeys(("pictures.least", "pictures.min_contrast"), Amount),
+    **dict.fromkeys(("pictures.head", "pictures.weights", ".adapter"), Word | None),
+    **dict.fromkeys(("control_is",), Word),
+    "kind": Literal["t2i_adapter", "controlnet"],
+    "adapter_middle": bool,
     "length": Positive,
     **dict.fromkeys(
         ("size", "val_size", "val_batch_size", "available", "n", "height", "width", "threads"), Count | None

@@ -62,7 +62,8 @@ def anchors(page: str) -> set[str]:
 
 def config_name(module: str) -> str:
     """The config of a module's command, read from its source."""
-    path = ROOT / f"{module.replace('.', '/')}.py"
+    place = ROOT / module.replace(".", "/")
+    path = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
     assert path.is_file(), f"no module {module}"
     functions = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)]
     for node in (decorator for function in functions for decorator in function.decorator_list):
