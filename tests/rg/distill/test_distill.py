@@ -113,7 +113,7 @@ def run(folder, *overrides, name="run"):
     words = ["+experiment=distill_pose", "~logger.wandb", f"run_dir={folder / name}", "trainer.max_steps=4"]
     words += [f"data.builder.root={folder / 'own'}", "data.size=4", "data.val_size=2", "data.batch_size=2"]
     words += ["pictures.steps=2", "pictures.least=0.0", "data.epoch_batches=4", "trainer.accelerator=cpu"]
-    words += ["+trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1"]
+    words += ["trainer.log_every_n_steps=1"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("distill", [*words, *overrides])
     return distill(config, folder / name)
@@ -181,7 +181,5 @@ def test_published_layouts_have_the_keys_that_comfyui_reads(tokenizer):
     assert keys["conv_in.weight"] == (8, 3 * 64, 3, 3)
     assert {f"body.{i}.block1.weight" for i in range(8)} <= keys.keys()
     assert {f"body.{i}.block2.weight" for i in range(8)} <= keys.keys()
-    assert {name for name in keys if name.endswith("in_conv.weight")} == {
-        "body.2.in_conv.weight",
-        "body.4.in_conv.weight",
-    }
+    widened = {name for name in keys if name.endswith("in_conv.weight")}
+    assert widened == {"body.2.in_conv.weight", "body.4.in_conv.weight"}
