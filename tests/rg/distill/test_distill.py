@@ -25,10 +25,10 @@ def backbone():
     return DiffusionBackbone.from_pretrained("marionette", device="cpu")
 
 
-def tiny_head(backbone):
+def tiny_head(backbone, variant="keypoints"):
     widths = {name: getattr(backbone, name) for name in ("tap_channels", "time_embed_dim", "condition_dim")}
     form = {"projection_dim": 16, "norm_groups": 2, "hidden_channels": 8}
-    return SpatialHead(variant="keypoints", **form, **widths).eval().requires_grad_(False)
+    return SpatialHead(variant=variant, **form, **widths).eval().requires_grad_(False)
 
 
 def a_batch(backbone, count=2):
@@ -149,6 +149,24 @@ def test_what_cannot_be_distilled_is_said(overrides, message, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(tmp_path, *overrides)
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_published_worlds_distil_by_the_same_command(family, tokenizer, tmp_path):
+    build(family, tokenizer, dtype=torch.float16).save_pretrained(tmp_path / "model", variant="fp16")
+    tiny = DiffusionBackbone.from_pretrained(str(tmp_path / "model"), device="cpu", precision="float16", variant="fp16")
+    tiny_head(tiny, variant="rgb").save_pretrained(tmp_path / "head")
+    (tmp_path / "prompts.txt").write_text("a person\n\na person on grass\n")
+    words = [f"world={family}", "pictures=own", "pictures/prompts=file", f"world.backbone.path={tmp_path / 'model'}"]
+    words += [f"pictures.prompts.path={tmp_path / 'prompts.txt'}", f"head.path={tmp_path / 'head'}"]
+    words += [f"world.resolution={tiny.resolution[0]}", "pictures.min_contrast=0.0"]
+    folder = run(tmp_path, *words)
+    adapter = load_adapter(folder)
+    assert all(value.isfinite().all() for value in adapter.state_dict().values())
+    pipe = with_adapter(tiny.pipeline, adapter)
+    control = torch.zeros(1, 3, *tiny.resolution)
+    image = generate(pipe, ["a person"], seeds=[0], image=control, num_inference_steps=2)
+    assert image.isfinite().all()
 
 
 def test_a_head_of_another_family_is_refused(backbone, tokenizer):
