@@ -11,7 +11,7 @@ from rg.distill.training import train_adapter
 
 @command("experiments/train_adapter", stopped="the same command with resume=true goes on")
 def main(cfg: DictConfig) -> None:
-    """Trains in Hydra's run folder; with head.path and adapter.energy_weight a head reads along."""
+    """Trains in Hydra's run folder; with head.path and student.energy_weight a head reads along."""
     head = None if cfg.head.path is None else load_configured_head(cfg.head, cfg.world.family)
     train_adapter(cfg, Path(HydraConfig.get().runtime.output_dir), head)
 

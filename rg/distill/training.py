@@ -32,7 +32,7 @@ def train_adapter(cfg: DictConfig, run_dir: Path, head: ReadoutHead | None) -> P
     """Trains the adapter that `cfg` describes and leaves it in <run_dir>/adapter; continues a checkpoint found there.
 
     Args:
-        cfg: of the command: world, adapter (the student), data, trainer, logger, seed.
+        cfg: of the command: world, student, data, trainer, logger, seed.
         head: reads the adapted model's features in training; None: nobody does.
 
     Returns:
@@ -43,7 +43,7 @@ def train_adapter(cfg: DictConfig, run_dir: Path, head: ReadoutHead | None) -> P
     """
     seed_everything(cfg.seed, workers=True, verbose=False)
     backbone: DiffusionBackbone = instantiate(cfg.world.backbone)
-    student: AdapterStudent = instantiate(cfg.adapter, _convert_="all").attach(backbone, head)
+    student: AdapterStudent = instantiate(cfg.student, _convert_="all").attach(backbone, head)
     data: ReadoutDataModule = instantiate(cfg.data, autoencoder_id=backbone.autoencoder_id)
     trainer = instantiate(cfg.trainer, logger=list(instantiate(cfg.logger).values()))
     backbone.to(trainer.strategy.root_device)
