@@ -11,8 +11,8 @@ from rg.distill.training import train_adapter
 
 @command("experiments/train_adapter", stopped="the same command with resume=true goes on")
 def main(cfg: DictConfig) -> None:
-    """Trains in Hydra's run folder; with head.path and student.energy_weight a head reads along."""
-    head = None if cfg.head.path is None else load_configured_head(cfg.head, cfg.world.family)
+    """Trains in Hydra's run folder; with a student.energy_weight above 0 the head reads along."""
+    head = load_configured_head(cfg.head, cfg.world.family) if cfg.student.energy_weight else None
     train_adapter(cfg, Path(HydraConfig.get().runtime.output_dir), head)
 
 
