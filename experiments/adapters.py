@@ -25,14 +25,17 @@ def records_of(run: Path) -> list[dict[str, Any]]:
 
 
 def scores(records: list[dict[str, Any]], condition: str, judge: str, alpha: str) -> Tensor:
-    """PCK of each image (N,), relative to the target's box."""
-    return torch.tensor([record["judges"][judge][condition]["pck"]["target"][alpha] for record in records])
+    """PCK of each image (N,), relative to the target's box; nan where it cannot be measured."""
+    found = [record["judges"][judge][condition]["pck"]["target"][alpha] for record in records]
+    return torch.tensor([math.nan if share is None else share for share in found])
 
 
 def compare(ours: Tensor, baseline: Tensor) -> dict[str, float]:
-    """Means, and the paired difference with its standard error and 95 % interval (Student's t)."""
+    """Means over the images that both measure, and their paired difference with its error and 95 % interval."""
     if len(ours) != len(baseline):
         raise ValueError(f"expected as many images in both evaluations, found {len(ours)} and {len(baseline)}")
+    both = ~(ours.isnan() | baseline.isnan())
+    ours, baseline = ours[both], baseline[both]
     difference, n = (ours - baseline).double(), len(ours)
     sem = float(difference.std()) / math.sqrt(n) if n > 1 else math.nan
     half = student_quantile(n - 1) * sem if n > 1 else math.nan

@@ -26,6 +26,7 @@ def test_differences_are_paired():
     spread = compare(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
     assert spread["sem"] == pytest.approx(0.5)  # 0.7071 / sqrt(2)
     assert spread["high"] - spread["difference"] == pytest.approx(12.7062 * 0.5, rel=1e-4)  # Student's t, 1 degree
+    assert compare(torch.tensor([1.0, float("nan"), 0.0]), torch.zeros(3)) == spread
     with pytest.raises(ValueError, match="found 1 and 2"):
         compare(torch.zeros(1), torch.zeros(2))
 

@@ -78,6 +78,22 @@ def test_the_head_is_not_asked_where_little_can_be_read(backbone):
     assert energies[2] == 0
 
 
+@pytest.mark.parametrize("kind", ["t2i_adapter", "controlnet"])
+def test_an_adapter_lowers_what_it_is_trained_for(backbone, kind):
+    student = AdapterStudent(kind=kind, empty=0.0).attach(backbone, load_head("pose_8k5"))
+    batch = a_batch(backbone)
+    latents, noise, _, prompts = student.draw(batch)
+    drawn = (latents, noise, torch.tensor([400, 700]), prompts)
+    optimizer, totals = torch.optim.AdamW(student.adapter.parameters(), lr=1e-3), []
+    for _ in range(12):
+        total = sum(student.losses(batch, drawn))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    assert totals[-1] < 0.9 * totals[0]
+
+
 def test_a_draw_depends_on_sample_and_count_alone(backbone):
     student = AdapterStudent().attach(backbone, tiny_head(backbone))
     batch = a_batch(backbone)
