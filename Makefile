@@ -13,8 +13,7 @@ SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 CONSTRAINTS := -c constraints.txt $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train eval-pck test test-slow test-all test-real test-online rehearsal lint clean report report-quick dashboard
-.PHONY: help setup demo train eval-pck test test-slow test-all test-real test-online test-app app rehearsal lint clean
+.PHONY: help setup demo train eval-pck test test-slow test-all test-real test-online rehearsal lint clean report report-quick dashboard test-app app
 # Two processes of one thread each: on small tensors more threads take longer.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test test-slow test-all: export HF_HUB_OFFLINE = 1

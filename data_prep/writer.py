@@ -63,7 +63,10 @@ class ShardMaker:
 
     @cached_property
     def source(self) -> Source:
-        return self.parts["source"]()
+        source = self.parts["source"]()
+        if hasattr(source, "attach_backbone"):
+            source.attach_backbone(self.backbone)
+        return source
 
     @cached_property
     def backbone(self) -> DiffusionBackbone:

@@ -26,15 +26,17 @@ from rg.data.samples import Groups, Samples
 from rg.data.shards import read_shards
 from rg.detectors.clip import ClipFeatures
 from rg.detectors.detection import Detector
+from rg.distill.networks import load_adapter, with_adapter
 from rg.generation import check_sampling, generate, image_seeds, image_size, per_image, set_scheduler
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
 from rg.heads.base import ReadoutHead
 from rg.io.figures import image_grid, save_figure
-from rg.io.files import write_json, write_text
+from rg.io.files import fingerprint, write_json, write_text
 from rg.io.images import from_bytes, open_saved, pixels, save_image
 from rg.metrics.keypoints import check_alphas, measurable
 from rg.metrics.words import fidelity
+from rg.models import locate
 from rg.points import Size, draw_skeletons
 from rg.report import (
     CONDITIONS,
@@ -145,6 +147,10 @@ class Evaluation:
         self.classifier = None if cfg.world.classifier is None else instantiate(cfg.world.classifier)
         set_scheduler(self.backbone.pipeline, cfg.scheduler)
         self.sampling = check_sampling(self.backbone, cfg.sampling)
+        self.pipe, self.adapter = self.backbone.pipeline, None
+        if cfg.adapter is not None:
+            self.adapter = load_adapter(cfg.adapter)
+            self.pipe = with_adapter(self.pipe, self.adapter)
         made, seen = image_size(self.backbone, cfg.sampling), self.backbone.resolution
         if made != seen:
             raise ValueError(f"sampling.height, sampling.width: expected {seen}, as the judges do, got {made}")
@@ -164,7 +170,10 @@ class Evaluation:
         settings = OmegaConf.to_container(self.cfg, resolve=True)
         settings = {key: settings[key] for key in settings if key not in BESIDE_IMAGES}
         del settings["world"]["batch_size"], settings["data"]["builder"]["engine"]  # no image depends on them
-        text = json.dumps({"settings": settings, "head": weights.hexdigest()}, indent=1, sort_keys=True) + "\n"
+        content = {"settings": settings, "head": weights.hexdigest()}
+        if self.adapter is not None:
+            content["adapter"] = fingerprint(locate(self.cfg.adapter, "adapters"))
+        text = json.dumps(content, indent=1, sort_keys=True) + "\n"
         path = self.run_dir / "settings.json"
         if path.is_file() and path.read_bytes() != text.encode() and (self.run_dir / "samples").is_dir():
             name = f"samples-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
@@ -268,6 +277,9 @@ class Evaluation:
         if arguments.get("negative_prompt") is not None:
             texts = per_image("sampling.negative_prompt", arguments["negative_prompt"], len(self.samples))
             arguments["negative_prompt"] = [texts[i] for i in positions]
+        if self.adapter is not None:
+            shown = self.backbone.resolution
+            arguments["image"] = draw_skeletons(keypoints, shown, shown, self.cfg.world.line_width)
         made, seconds = {}, {}
         for condition, steering in (("unguided", None), ("guided", guidance)):
             begin = time.perf_counter()
@@ -321,7 +333,7 @@ class Evaluation:
         arguments: Mapping[str, Any],
     ) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of the prompts of `positions`, guided or not; see `generate`."""
-        return generate(self.backbone.pipeline, prompts, guidance=guidance, **arguments)
+        return generate(self.pipe, prompts, guidance=guidance, **arguments)
 
     def images(self, condition: str, count: int | None = None) -> Tensor:
         """Saved images of a condition: (N, 3, H, W) in [-1, 1]."""

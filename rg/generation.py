@@ -83,6 +83,8 @@ def generate(
         arguments["negative_prompt"] = per_image("negative_prompt", arguments["negative_prompt"], len(prompts))
     with guidance.attach(pipe) if guidance is not None else nullcontext():
         images = pipe(list(prompts), generator=generators, output_type="pt", **arguments).images
+    if isinstance(images, np.ndarray):  # the T2I-Adapter pipeline of Stable Diffusion answers so, whatever is asked for
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)
     return images.cpu().float() * 2 - 1
 
 

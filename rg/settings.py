@@ -64,6 +64,14 @@ TYPES: dict[str, Any] = {
     ),
     **dict.fromkeys(("together", "parts", "sheet_images", "held_out", "pictures.train", "workers", "tries"), Count),
     **dict.fromkeys(("tokens", "rounds", "guidance.every", "repeats.times"), Count),
+    **dict.fromkeys(("adapter_blocks", "pictures.steps", "pictures.together", "pictures.min_keypoints"), Count),
+    **dict.fromkeys(("pictures.timestep",), Index),
+    **dict.fromkeys(("pictures.least", "pictures.min_contrast"), Amount),
+    **dict.fromkeys(("pictures.head", "pictures.weights", ".adapter"), Word | None),
+    **dict.fromkeys(("control_is", ".plain"), Word),
+    ".adapters": dict[str, Word],
+    "kind": Literal["t2i_adapter", "controlnet"],
+    "adapter_middle": bool,
     "length": Positive,
     **dict.fromkeys(
         ("size", "val_size", "val_batch_size", "available", "n", "height", "width", "threads"), Count | None
@@ -97,8 +105,8 @@ TYPES: dict[str, Any] = {
         ("pictures.path", "pictures.labels", "entity", "autoencoder.start", ".clip", ".other"), Word | None
     ),
     **dict.fromkeys(("prompt", "edit_prompt"), str | None),
-    **dict.fromkeys(("verbose", "check", "sided", "kill", "allow_same_judge", "quick", "make"), bool),
-    **dict.fromkeys(("verbose", "check", "sided", "kill", "allow_same_judge", "allow_remote"), bool),
+    **dict.fromkeys(("verbose", "check", "sided", "kill", "quick", "make"), bool),
+    **dict.fromkeys(("allow_same_judge", "allow_remote"), bool),
     **dict.fromkeys((".host", ".user"), Word),
     ".password": Word | None,
     ".port": Annotated[int, Field(ge=0, lt=2**16)],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning import Trainer, seed_everything
+from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -37,31 +37,37 @@ def train(cfg: DictConfig, run_dir: Path) -> ReadoutHead:
     with claimed(run_dir) if rank_zero_only.rank == 0 else nullcontext():
         describe_run(trainer, OmegaConf.to_container(cfg, resolve=True))
         try:
-            _fit(trainer, head, data, run_dir)
+            fit(trainer, head, data, run_dir)
+            if trainer.is_global_zero:
+                head.labelled_by = data.labelled_by()
+                head.save_pretrained(run_dir / "head")
+                log.info("head: %s", run_dir / "head")
             publish_head(trainer, run_dir / "head", cfg.name)
         finally:
             finish_wandb(trainer)
     return head
 
 
-def _fit(trainer: Trainer, head: ReadoutHead, data: ReadoutDataModule, run_dir: Path) -> None:
+def fit(trainer: Trainer, module: LightningModule, data: ReadoutDataModule, run_dir: Path) -> None:
+    """Trains to the last step from the newest checkpoint in run_dir, leaves one there, and points `latest` at it.
+
+    Raises:
+        ValueError: every checkpoint there is damaged.
+    """
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
     if checkpoint is not None:
         log.info("resuming %s", checkpoint)
     try:
-        trainer.fit(head, data, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         if trainer.global_step % (data.epoch_batches * (trainer.check_val_every_n_epoch or 1)):
-            trainer.validate(head, data, verbose=False)  # the last steps are not left without a score
+            trainer.validate(module, data, verbose=False)  # the last steps are not left without a score
     except SystemExit:
         if trainer.interrupted:  # Lightning's answer to Ctrl-C is to exit with 1
             raise KeyboardInterrupt from None
         raise
     trainer.save_checkpoint(run_dir / "checkpoints" / LAST, weights_only=False)
     if trainer.is_global_zero:
-        head.labelled_by = data.labelled_by()
-        head.save_pretrained(run_dir / "head")
         link_latest(run_dir)
-        log.info("head: %s", run_dir / "head")
 
 
 @command("train", stopped="the same command with resume=true goes on")

@@ -26,7 +26,16 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/heads/*": ({"rg.heads", "rg.backbone", "rg.metrics", "rg.points", "rg.models", "rg.io"}, ANY),
     "rg/guidance/*": ({"rg.guidance", "rg.backbone", "rg.heads", "rg.io", "rg.points"}, ANY),
     "rg/app/*": ({"rg"}, ANY),
+    "rg/distill/*": ({"rg"}, ANY),
     "rg/*.py": ({"rg"}, ANY),
+    "data_prep/sources/sampled.py": (
+        {"data_prep.records", "rg.backbone", "rg.data", "rg.generation", "rg.io"},
+        set(),
+    ),
+    "data_prep/annotators/readout.py": (
+        {"data_prep.records", "rg.backbone", "rg.data", "rg.heads", "rg.io", "rg.points"},
+        {"torch"},
+    ),
     "data_prep/annotators/pose/judge.py": ({"data_prep", "rg.detectors.detection", "rg.io"}, {"torch"}),
     "data_prep/*": (
         {"data_prep", "rg.backbone", "rg.cli", "rg.data", "rg.io", "rg.points"},
@@ -39,6 +48,8 @@ ONLY_IN = {
     "hydra": (
         *("rg/cli.py", "rg/train.py", "rg/sample.py", "rg/evaluate.py", "rg/edit.py", "rg/app/__main__.py"),
         *("data_prep/prepare.py", "experiments/*"),
+        *("rg/cli.py", "rg/train.py", "rg/sample.py", "rg/evaluate.py", "rg/edit.py"),
+        *("rg/distill/__main__.py", "rg/distill/training.py", "data_prep/prepare.py", "experiments/*"),
     ),
     "wandb": ("rg/callbacks.py", "experiments/report/dashboard.py"),
     "matplotlib": ("rg/io/figures.py",),
@@ -46,6 +57,8 @@ ONLY_IN = {
     "rg.app": ("rg/app/*",),
     "rg.train": ("experiments/*",),
     "rg.sample": ("experiments/*", "rg/app/*"),
+    "rg.train": ("experiments/*", "rg/distill/training.py"),
+    "rg.sample": ("experiments/*",),
     "rg.evaluate": ("experiments/*",),
 }
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -26,7 +26,7 @@ INSTRUCTIONS = {"defaults", "_target_", "_partial_", "_convert_", "_recursive_",
 GIVEN = ("tap_channels", "time_embed_dim")
 # config: the module of its command, which registers what the config interpolates.
 COMMANDS = {"train": "rg.train", "sample": "rg.sample", "evaluate": "rg.evaluate", "edit": "rg.edit"}
-COMMANDS |= {"prepare": "data_prep.prepare"}
+COMMANDS |= {"prepare": "data_prep.prepare", "distill": "rg.distill.__main__"}
 
 
 def command(file: str) -> tuple[str | None, str | None]:
@@ -39,7 +39,7 @@ def command(file: str) -> tuple[str | None, str | None]:
 def config_of(file: str) -> str:
     """The config that an experiment or sweep extends: that of the command on top of it, else train's."""
     module, _ = command(f"{file}.yaml")
-    return next((config for config, owner in COMMANDS.items() if owner == module), "train")
+    return next((config for config, owner in COMMANDS.items() if owner.removesuffix(".__main__") == module), "train")
 
 
 def first_values(sweep: str) -> list[str]:

@@ -16,6 +16,7 @@ from data_prep.records import Skip, SourceGroup, SourceSample
 from data_prep.sources.folders import GAPS, draw_pair
 from rg.data.samples import SPLITS
 
+PROMPT_STREAM = 0x0711  # keeps prompts without pictures apart from those of renders
 PAIR_STREAM = 0xFA125  # keeps the draw of a pair apart from that of its video
 
 
@@ -187,6 +188,20 @@ def other_appearance(scene: Scene, other: Scene) -> Scene:
 def _with(scene: Scene, person: Person) -> Scene:
     """A portrait of another person, in the pose of the one who was there."""
     return replace(scene, people=(replace(person, pose=scene.people[0].pose, place=scene.people[0].place),))
+
+
+class MarionettePrompts:
+    """The captions of scenes that are never drawn; see data_prep.sources.sampled.Prompts.
+
+    Args:
+        seed, kinds: as of MarionetteSource.
+    """
+
+    def __init__(self, *, seed: int = 0, kinds: Mapping[str, float] = KINDS) -> None:
+        self.seed, self.kinds = seed, dict(kinds)
+
+    def at(self, split: str, index: int) -> str:
+        return draw_scene((PROMPT_STREAM, self.seed, SPLITS.index(split), index), self.kinds).prompt
 
 
 class MarionetteSource:
