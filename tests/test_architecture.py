@@ -25,6 +25,7 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/backbone/*": ({"rg.backbone", "rg.models", "rg.points", "rg.io"}, ANY),
     "rg/heads/*": ({"rg.heads", "rg.backbone", "rg.metrics", "rg.points", "rg.models", "rg.io"}, ANY),
     "rg/guidance/*": ({"rg.guidance", "rg.backbone", "rg.heads", "rg.io", "rg.points"}, ANY),
+    "rg/modular/*": ({"rg.modular", "rg.guidance", "rg.backbone", "rg.heads"}, ANY),
     "rg/*.py": ({"rg"}, ANY),
     "data_prep/annotators/pose/judge.py": ({"data_prep", "rg.detectors.detection", "rg.io"}, {"torch"}),
     "data_prep/*": (
