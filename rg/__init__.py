@@ -15,6 +15,7 @@ _HOMES = {
     "FunctionHead": "rg.heads.protocol",
     "GuidanceTerm": "rg.guidance.guidance",
     "ReadoutGuidance": "rg.guidance.guidance",
+    "ReadoutGuider": "rg.modular.guider",
     "ReadoutHead": "rg.heads.base",
     "ReferenceTarget": "rg.guidance.targets",
     "SpatialHead": "rg.heads.spatial",

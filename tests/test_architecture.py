@@ -27,6 +27,7 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
     "rg/guidance/*": ({"rg.guidance", "rg.backbone", "rg.heads", "rg.io", "rg.points"}, ANY),
     "rg/app/*": ({"rg"}, ANY),
     "rg/distill/*": ({"rg"}, ANY),
+    "rg/modular/*": ({"rg.modular", "rg.guidance", "rg.backbone", "rg.heads"}, ANY),
     "rg/*.py": ({"rg"}, ANY),
     "data_prep/sources/sampled.py": (
         {"data_prep.records", "rg.backbone", "rg.data", "rg.generation", "rg.io"},

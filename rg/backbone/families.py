@@ -10,15 +10,17 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import (
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
 )
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-# Of a block: the image's tokens, or those of the text and the image.
+# Of a block: the image's tokens, behind those of the text or alone; or those of the text and of the image.
 TapOutput = Tensor | tuple[Tensor, Tensor]
 
 
@@ -51,8 +53,8 @@ class Family:
         config = self.denoiser.config
         return [config.num_attention_heads * config.attention_head_dim] * len(self.taps())
 
-    def tokens(self, output: TapOutput) -> Tensor:
-        """What a tap gives of the image: tokens (B, h_l * w_l, C), or a map."""
+    def tokens(self, output: TapOutput, count: int) -> Tensor:
+        """What a tap gives of the image: `count` = h_l * w_l tokens (B, count, C), or a map."""
         return output
 
     def with_tokens(self, output: TapOutput, tokens: Tensor) -> TapOutput:
@@ -63,8 +65,8 @@ class Family:
         """Latents per token and axis."""
         return self.denoiser.config.patch_size
 
-    def time_layers(self) -> tuple[nn.Module, nn.Module]:
-        """What makes sinusoids of time, and what embeds them."""
+    def time_layers(self) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+        """What makes sinusoids of time indices, and what embeds them."""
         raise NotImplementedError
 
     def condition_dim(self) -> int:
@@ -99,6 +101,10 @@ class Family:
     def packed(self, output: Tensor) -> Tensor:
         """An output (B, C', h, w) as pipelines expect it."""
         return output
+
+    def rescaled(self, combined: Tensor, under_prompt: Tensor) -> Tensor:
+        """What modular pipelines make of text guidance's output and of that under the prompt, as they lay them out."""
+        return combined
 
     def call(self, forward: Callable[..., Any], sample: Tensor, timestep: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
         """The denoiser's own answer, by `forward`, to latents (B, C, h, w) at the scheduler's timesteps (B,)."""
@@ -162,7 +168,7 @@ class StableDiffusion3(Family):
     encoding: ClassVar[dict[str, Any]] = {"do_classifier_free_guidance": False, "prompt_2": None, "prompt_3": None}
     flow = True
 
-    def tokens(self, output: TapOutput) -> Tensor:
+    def tokens(self, output: TapOutput, count: int) -> Tensor:
         """Those of the image; the text's are no part of a map."""
         return output[1]
 
@@ -201,6 +207,8 @@ class Flux(StableDiffusion3):
     unconditional half; a guidance-distilled model is told the scale of text guidance instead."""
 
     branches = "never"
+    # What pipelines tell guidance-distilled models where their caller says nothing.
+    guidance_scale: ClassVar[float] = 3.5
     encoding: ClassVar[dict[str, Any]] = {"prompt_2": None}
 
     def taps(self) -> dict[str, nn.Module]:
@@ -238,32 +246,101 @@ class Flux(StableDiffusion3):
         """
         places = inputs.pop("img_ids")
         inputs.pop("txt_ids")
-        height, width = (int(side) + 1 for side in places.flatten(0, -2)[:, 1:].amax(0))
-        if sample.shape[1] != height * width:
-            raise ValueError(
-                f"latents: expected {height}x{width} tokens as their ids say, got {sample.shape[1]}: no pipelines with "
-                "a second image"
-            )
-        return _unpack(sample, height)
+        return _one_image(sample, *(int(side) + 1 for side in places.flatten(0, -2)[:, 1:3].amax(0)))
 
     def packed(self, output: Tensor) -> Tensor:
         return pixel_unshuffle(output, PACKED).flatten(2).transpose(1, 2)
 
     def call(self, forward: Callable[..., Any], sample: Tensor, timestep: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
-        """With ids of the tokens as the pipelines make them, and their default scale where none is given."""
+        """With the tokens' places as the pipelines say them, and their default scale where none is given."""
         if self.denoiser.config.guidance_embeds and inputs.get("guidance") is None:
-            inputs["guidance"] = torch.full_like(timestep, GUIDANCE_SCALE, dtype=torch.float32)
+            inputs["guidance"] = torch.full_like(timestep, self.guidance_scale, dtype=torch.float32)
         height, width = (side // PACKED for side in sample.shape[-2:])
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
-        text = sample.new_zeros(inputs["encoder_hidden_states"].shape[1], 3)
-        ids = {"img_ids": places.to(sample), "txt_ids": text}
-        output = forward(self.packed(sample), timestep=self.denoiser_time(timestep), **ids, **inputs)[0]
+        inputs |= self.places(height, width, sample, inputs["encoder_hidden_states"].shape[1])
+        output = forward(self.packed(sample), timestep=self.denoiser_time(timestep), **inputs)[0]
         return (_unpack(output, height),)
 
+    def places(self, height: int, width: int, sample: Tensor, words: int) -> dict[str, Any]:
+        """Where h x w tokens of the image and `words` of the text lie, as the denoiser's arguments."""
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
+        return {"img_ids": places.to(sample), "txt_ids": sample.new_zeros(words, 3)}
 
-# Of Flux: latents a side of what is packed into a token; what its pipelines tell guidance-distilled models.
-PACKED, GUIDANCE_SCALE = 2, 3.5
+
+class Flux2(Flux):
+    """Flux 2 (dev, Klein): packed as Flux 1. A place has a fourth number, which counts the text's tokens; blocks of one
+    stream give both streams in one, the text's first."""
+
+    guidance_scale = 4.0
+    encoding: ClassVar[dict[str, Any]] = {}
+
+    def tokens(self, output: TapOutput, count: int) -> Tensor:
+        return output[:, -count:] if isinstance(output, Tensor) else output[1]
+
+    def with_tokens(self, output: TapOutput, tokens: Tensor) -> TapOutput:
+        if isinstance(output, Tensor):
+            return torch.cat([output[:, : -tokens.shape[1]], tokens], 1)
+        return output[0], tokens
+
+    def time_layers(self) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+        embedding = self.denoiser.time_guidance_embed
+        return embedding.time_proj, embedding.timestep_embedder
+
+    def condition(self, encoded: tuple[Any, ...]) -> dict[str, Any]:
+        """The prompt's embedding, and places of its tokens."""
+        return {"text": encoded[0]}
+
+    def places(self, height: int, width: int, sample: Tensor, words: int) -> dict[str, Any]:
+        one = torch.arange(1)
+        image = torch.cartesian_prod(one, torch.arange(height), torch.arange(width), one)
+        text = torch.cartesian_prod(one, one, one, torch.arange(words))
+        return {"img_ids": image.to(sample.device), "txt_ids": text.to(sample.device)}
+
+
+class QwenImage(Flux):
+    """Qwen-Image: packed as Flux 1, blocks of two streams alone. Its pipelines give each token of the combined output
+    the length that it has under the prompt."""
+
+    encoding: ClassVar[dict[str, Any]] = {}
+
+    def taps(self) -> dict[str, nn.Module]:
+        return Family.taps(self)
+
+    def time_layers(self) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+        embedding = self.denoiser.time_text_embed
+        return lambda index: embedding.time_proj(index / 1000), embedding.timestep_embedder
+
+    def condition(self, encoded: tuple[Any, ...]) -> dict[str, Any]:
+        """The prompt's embedding, and no mask: one prompt has no padding."""
+        return {"text": encoded[0]}
+
+    def latent_channels(self) -> int:
+        return self.denoiser.config.in_channels // PACKED**2
+
+    def unpacked(self, sample: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """By the shapes that pipelines give, one for each image."""
+        shapes = inputs.pop("img_shapes")[0]
+        return _one_image(sample, *shapes[0][1:])
+
+    def places(self, height: int, width: int, sample: Tensor, words: int) -> dict[str, Any]:
+        return {"img_shapes": [[(1, height, width)]] * len(sample)}
+
+    def rescaled(self, combined: Tensor, under_prompt: Tensor) -> Tensor:
+        return combined * (under_prompt.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+
+
+# Of Flux 1, 2 and Qwen-Image: latents a side of what is packed into a token.
+PACKED = 2
+
+
+def _one_image(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Latents (B, C, h, w) of packed tokens; raises ValueError where there are more than one per place."""
+    if tokens.shape[1] != height * width:
+        raise ValueError(
+            f"latents: expected {height}x{width} tokens as their ids say, got {tokens.shape[1]}: no pipelines with "
+            "a second image"
+        )
+    return _unpack(tokens, height)
 
 
 def _unpack(tokens: Tensor, height: int) -> Tensor:
@@ -276,10 +353,12 @@ TRANSFORMERS: dict[type[nn.Module], type[Family]] = {
     SD3Transformer2DModel: StableDiffusion3,
     SanaTransformer2DModel: Sana,
     FluxTransformer2DModel: Flux,
+    Flux2Transformer2DModel: Flux2,
+    QwenImageTransformer2DModel: QwenImage,
 }
 NAMES = (
-    "a U-Net as pipe.unet (Stable Diffusion 1, 2, SDXL) or the transformer of PixArt, Stable Diffusion 3, SANA or Flux "
-    "1 as pipe.transformer"
+    "a U-Net as pipe.unet (Stable Diffusion 1, 2, SDXL) or the transformer of PixArt, Stable Diffusion 3, SANA, Flux 1 "
+    "and 2 or Qwen-Image as pipe.transformer"
 )
 
 

@@ -47,9 +47,10 @@ def predict(
     """
     check_sample(denoiser, sample)
     family, features = family_of(denoiser), list[Tensor]()
+    count = token_count(denoiser, sample)
 
     def keep(_tap: nn.Module, _given: tuple[Any, ...], output: TapOutput) -> None:
-        features.append(as_map(family.tokens(output), denoiser, sample))
+        features.append(as_map(family.tokens(output, count), denoiser, sample))
 
     handles = [tap.register_forward_hook(keep) for tap in taps(denoiser).values()]
     try:
@@ -66,6 +67,11 @@ def predict(
             "hooks; in a U-Net compile the attention blocks alone, with denoiser.compile_repeated_blocks()"
         )
     return Prediction(output, features)
+
+
+def token_count(denoiser: nn.Module, sample: Tensor) -> int:
+    """How many tokens a transformer makes of latents (B, C, h, w)."""
+    return sample.shape[-2] * sample.shape[-1] // family_of(denoiser).patch() ** 2
 
 
 def as_map(output: Tensor, denoiser: nn.Module, sample: Tensor) -> Tensor:

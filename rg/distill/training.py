@@ -12,6 +12,7 @@ from lightning import seed_everything
 from omegaconf import DictConfig
 
 from rg.backbone.diffusion import DiffusionBackbone
+from rg.callbacks import finish_wandb
 from rg.cli import claimed
 from rg.data.datamodule import ReadoutDataModule
 from rg.distill.student import AdapterStudent
@@ -51,7 +52,10 @@ def train_adapter(cfg: DictConfig, run_dir: Path, head: ReadoutHead | None) -> P
         head.to(trainer.strategy.root_device).requires_grad_(False)
     begin = time.perf_counter()
     with claimed(run_dir):
-        fit(trainer, student, data, run_dir)
+        try:
+            fit(trainer, student, data, run_dir)
+        finally:
+            finish_wandb(trainer)
         folder = run_dir / "adapter"
         _save(student, folder)
         count = len(data.train_set)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rg.backbone.conditions import Condition, encode_condition
 from rg.backbone.denoiser import CFG_FLAG, denoiser_name, denoiser_of, taps
 from rg.backbone.families import TapOutput, family_of
-from rg.backbone.features import as_map, check_sample, outside_inference_mode
+from rg.backbone.features import as_map, check_sample, outside_inference_mode, token_count
 from rg.guidance.updates import FLOW, prediction_type
 from rg.heads.protocol import EnergyHead, FunctionHead
 
@@ -366,10 +366,10 @@ def shifted_taps(denoiser: nn.Module, sample: Tensor, change: Callable[[int, Ten
         change: of a feature (B, C, h, w) in float32; None leaves it alone.
     """
 
-    family = family_of(denoiser)
+    family, count = family_of(denoiser), token_count(denoiser, sample)
 
     def shift(number: int, output: TapOutput) -> TapOutput:
-        tokens = family.tokens(output)
+        tokens = family.tokens(output, count)
         moved = change(number, as_map(tokens, denoiser, sample).float())
         if moved is None:
             return output

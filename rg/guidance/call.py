@@ -2,9 +2,12 @@
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from rg.backbone.denoiser import CFG_FLAG, denoiser_of
+from rg.backbone.families import family_of
 from rg.points import Size
 
 
@@ -42,16 +45,24 @@ def running_call(pipe: DiffusionPipeline) -> Call:
         found = "a call from outside it" if frame is None else f"one of {type(caller).__name__} with the same denoiser"
         raise ValueError(f"pipeline: guidance is attached to a {type(pipe).__name__}, got {found}; attach to what runs")
     given = frame.f_locals
-    if given.get("do_true_cfg"):
-        raise ValueError(
-            f"true_cfg_scale: expected 1 or no negative prompt, got {given['true_cfg_scale']}: the pipeline then calls "
-            "its denoiser twice a step"
-        )
+    _check_one_call(pipe, given)
     size = (given["orig_height"], given["orig_width"]) if "orig_height" in given else None
     # A callback may have changed it; PixArt's pipelines keep it nowhere else.
     scale = getattr(pipe, "guidance_scale", given.get("guidance_scale"))
     scale = 1.0 if scale is None else float(scale)
     return Call(given.get("num_images_per_prompt") or 1, size, scale, given.get("eta") or 0.0)
+
+
+def _check_one_call(pipe: DiffusionPipeline, given: dict[str, Any]) -> None:
+    """Raises ValueError where text guidance has a call of its own for the negative prompt."""
+    never = family_of(denoiser_of(pipe)).branches == "never"
+    if not given.get("do_true_cfg") and not (never and getattr(pipe, CFG_FLAG, False)):
+        return
+    name = "true_cfg_scale" if "true_cfg_scale" in given else "guidance_scale"
+    raise ValueError(
+        f"{name}: expected 1 or no negative prompt, got {given[name]}: the pipeline then calls its denoiser twice a "
+        "step; the modular pipelines may, with a rg.modular.ReadoutGuider"
+    )
 
 
 def check_call(pipe: DiffusionPipeline, update: str, *, moves: str, repeats: bool = False) -> None:

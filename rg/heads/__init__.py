@@ -4,8 +4,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rg.models import locate
-
 if TYPE_CHECKING:
     from rg.heads.base import ReadoutHead
 
@@ -25,9 +23,10 @@ def __getattr__(name: str) -> "type[ReadoutHead]":
 
 
 def load_head(folder: str | Path, class_path: str | None = None) -> "ReadoutHead":
-    """Loads whichever head was saved by `save_pretrained`, from its folder or by the name of a shipped one.
+    """Loads whichever head was saved by `save_pretrained`.
 
     Args:
+        folder: where it was saved, a shipped one's name, or "owner/name" on the hub.
         class_path: of a class that is not of this package, see `import_head`. The folder cannot give it: what a folder
             names is never imported.
 
@@ -39,8 +38,9 @@ def load_head(folder: str | Path, class_path: str | None = None) -> "ReadoutHead
     if class_path is not None:
         return import_head(class_path).from_pretrained(folder)
     from rg.heads.base import read_head_record
+    from rg.heads.hub import find_folder
 
-    name = read_head_record(locate(folder, "heads")).class_name
+    name = read_head_record(find_folder(folder, "heads")).class_name
     if name not in HEADS:
         raise ValueError(
             f"head={folder}: class: expected one of the classes {sorted(HEADS)}, found {name!r}; a class of your own "

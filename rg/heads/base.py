@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from rg.backbone.denoiser import condition_dim, tap_channels, time_embed_dim
 from rg.heads.aggregation import AggregationNetwork
+from rg.heads.hub import find_folder, push_head
 from rg.heads.protocol import time_embedding
 from rg.io.files import atomic, read_json
 from rg.io.records import Record, validate
 from rg.io.weights import load_network
-from rg.models import locate
 
 if TYPE_CHECKING:
     from rg.backbone.diffusion import DiffusionBackbone
@@ -210,16 +210,23 @@ class ReadoutHead(LightningModule):
             weights.write_bytes(save(tensors))
             settings.write_text(json.dumps(record, indent=1) + "\n")
 
+    def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
+        """Uploads the head with a model card, see rg.heads.hub.push_head; the address of what was uploaded."""
+        return push_head(self, repo_id, **arguments)
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Loads a head saved by `save_pretrained`, or a shipped one by its name: frozen, float32, evaluation mode.
+        """Loads a head: frozen, float32, evaluation mode.
+
+        Args:
+            folder: where `save_pretrained` wrote it, a shipped one's name, or "owner/name" on the hub.
 
         Raises:
-            FileNotFoundError: there is no such folder, or a file is missing from it.
+            FileNotFoundError: there is no such folder or repository, or a file is missing from it.
             ValueError: it holds a head of another class, or a file is damaged or does not fit the other, see
                 rg.io.weights.load_network.
         """
-        folder = locate(folder, "heads")
+        folder = find_folder(folder, "heads")
         record = read_head_record(folder)
         if record.class_name != cls.__name__:
             raise ValueError(f"head={folder}: class: expected a {cls.__name__}, found a {record.class_name}")

@@ -1,0 +1,5 @@
+"""Readout guidance as a component of diffusers' modular pipelines."""
+
+from rg.modular.guider import ReadoutGuider
+
+__all__ = ["ReadoutGuider"]
