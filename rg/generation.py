@@ -31,6 +31,7 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
+    "flow_euler": "FlowMatchEulerDiscreteScheduler",
 }
 # What a step's trace has of every image.
 TRACED = ("energy", "gradient_norm", "delta_norm")
@@ -186,6 +187,8 @@ def check_sampling(backbone: DiffusionBackbone, sampling: DictConfig) -> dict[st
         ValueError: an argument that the pipeline does not take or of another type, or an image that cannot be read.
     """
     arguments = OmegaConf.to_container(sampling, resolve=True)
+    if arguments.get("eta", 0.0) is None:  # of a world whose schedulers add no noise
+        del arguments["eta"]
     file = arguments.get("image")
     given = arguments if file is None else arguments | {"image": "???"}  # to be read
     check_arguments(type(backbone.pipeline).__call__, given, "sampling", closed=True)

@@ -88,6 +88,7 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("weight_decay", "contrast", "pose_contrast", "kl_weight", "margin", "repulsion", "gpus"), Amount),
     **dict.fromkeys(("guidance_scale", "scale"), Number),
     "readout_scale": Number | None,
+    "sampling.eta": Share | None,
     **dict.fromkeys(("guidance.strength", "update.rho", "update.rate", "update.weight", "update.eta"), Amount),
     "guidance.enough": Amount | None,
     "guidance.repeats": dict[str, Any] | None,
