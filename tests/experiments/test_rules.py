@@ -77,9 +77,9 @@ def small(folder: Path, **changes):
 def test_the_default_comes_first_and_each_rule_composes(tmp_path):
     planned = list(choices(small(tmp_path)))
     assert (planned[0].rule, planned[0].strength) == ("score", 1.0)
-    assert len({(choice.rule, choice.strength) for choice in planned}) == len(planned) == 17
+    assert len({(choice.rule, choice.strength) for choice in planned}) == len(planned) == 19
     folders = [one.run_dir for choice in planned for one in choice.cells]
-    assert len({*folders}) == 34 and str(tmp_path / "dsg-0.5/1") in folders
+    assert len({*folders}) == 38 and str(tmp_path / "dsg-0.5/1") in folders
     with pytest.raises(ValueError, match="default: expected one of .*'dsg'.*, got 'none'"):
         list(choices(small(tmp_path, default="none")))
     with pytest.raises(ValueError, match="images: expected at least 2, got 1"):
