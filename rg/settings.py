@@ -64,7 +64,7 @@ TYPES: dict[str, Any] = {
     ),
     **dict.fromkeys(("together", "parts", "sheet_images", "held_out", "pictures.train", "workers", "tries"), Count),
     **dict.fromkeys(("tokens", "rounds", "guidance.every", "repeats.times"), Count),
-    **dict.fromkeys(("adapter_blocks", "pictures.steps", "pictures.together", "pictures.min_keypoints"), Count),
+    **dict.fromkeys(("adapter_blocks", "pull.points", "pictures.steps", "pictures.together", "pictures.min_keypoints"), Count),
     **dict.fromkeys(("pictures.timestep",), Index),
     **dict.fromkeys(("pictures.least", "pictures.min_contrast"), Amount),
     **dict.fromkeys(("pictures.head", "pictures.weights", ".adapter"), Word | None),

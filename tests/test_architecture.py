@@ -48,18 +48,14 @@ KNOWS: dict[str, tuple[set[str], set[str] | None]] = {
 ONLY_IN = {
     "hydra": (
         *("rg/cli.py", "rg/train.py", "rg/sample.py", "rg/evaluate.py", "rg/edit.py", "rg/app/__main__.py"),
-        *("data_prep/prepare.py", "experiments/*"),
-        *("rg/cli.py", "rg/train.py", "rg/sample.py", "rg/evaluate.py", "rg/edit.py"),
         *("rg/distill/__main__.py", "rg/distill/training.py", "data_prep/prepare.py", "experiments/*"),
     ),
     "wandb": ("rg/callbacks.py", "experiments/report/dashboard.py"),
     "matplotlib": ("rg/io/figures.py",),
     "gradio": ("rg/app/*",),
     "rg.app": ("rg/app/*",),
-    "rg.train": ("experiments/*",),
-    "rg.sample": ("experiments/*", "rg/app/*"),
     "rg.train": ("experiments/*", "rg/distill/training.py"),
-    "rg.sample": ("experiments/*",),
+    "rg.sample": ("experiments/*", "rg/app/*"),
     "rg.evaluate": ("experiments/*",),
 }
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
