@@ -95,7 +95,7 @@ class ReadoutGuidance:
         readout_scale: float | None = None,
         learning_rate: float = 2e-2,
         normalize: str | None = None,
-        branch: str = "uncond",
+        branch: str = "cond",
         start: float = 0.0,
         stop: float = 1.0,
         signal_window: tuple[float, float] | None = None,

@@ -60,7 +60,7 @@ class ReadoutGuider(ClassifierFreeGuidance):
         head: "ReadoutHead | str | Path | None" = None,
         update: str = "score",
         strength: float = 1.0,
-        branch: str = "uncond",
+        branch: str = "cond",
         readout_start: float = 0.0,
         readout_stop: float = 1.0,
         guidance_scale: float = 7.5,
