@@ -44,6 +44,7 @@ def test_training_leaves_what_it_promises(head: Path):
     header = (run_dir / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[0]
     assert all(f"val/loss_t{t}" in header and f"val/pck@0.1_t{t}" in header for t in (50, 300, 600, 850))
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb")), "W&B writes offline, without an account"
+    assert list((run_dir / "wandb").rglob("samples_*.table.json")), "a row for each shown image after a validation"
 
 
 def test_the_head_samples(place: Path, root: Path, head: Path):

@@ -65,7 +65,7 @@ def report(entity: str, project: str, summary: Mapping[str, Mapping[str, Any]]) 
         )
         code = blocks.CodeBlock(code=figure["command"], language="markdown")
         parts += [blocks.H2(f"Figure {key.removeprefix('fig')}"), blocks.P(text), code]
-    runs = blocks.Runset(entity=entity, project=project)
+    runs = blocks.Runset()  # of the report's own project; with names it would ask the server for their number
     plots = [blocks.LinePlot(title="Training loss", x="Step", y=["train/loss"])]
     parts += [blocks.H2("Trainings"), blocks.PanelGrid(runsets=[runs], panels=plots)]
     title, about = "Readout Guidance, measured", "Every figure of the paper on the embedded model"

@@ -50,8 +50,12 @@ class Store:
             RuntimeError: it failed.
         """
         words = run.command(self.quick)
-        begin = time.perf_counter()
-        done = subprocess.run([sys.executable, *words[1:]], check=False)
+        part = self.folder / f"{run.name}.part.json"  # seconds that stopped tries have taken
+        begin = time.perf_counter() - (read_json(part)["seconds"] if part.is_file() else 0)
+        try:
+            done = subprocess.run([sys.executable, *words[1:]], check=False)
+        finally:
+            write_json(part, {"seconds": time.perf_counter() - begin})
         if done.returncode:
             raise RuntimeError(f"{shlex.join(words)}: expected it to succeed, it ended with {done.returncode}")
         place = self.outputs / words[3].removeprefix("name=")
@@ -72,6 +76,7 @@ class Store:
                 "marks": {name: kept[:shown] for name, kept in marks.items()},
             },
         )
+        part.unlink()
 
 
 Scores = dict[str, dict[str, list[float | None]]]

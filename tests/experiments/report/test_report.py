@@ -114,6 +114,7 @@ def test_a_run_that_fails_is_named(made, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="experiments.applications.drags"):
         made.make(next(run for run in RUNS if run.name == "drags"))
+    assert read_json(made.folder / "drags.part.json")["seconds"] > 0, "what it took counts when it goes on"
 
 
 def test_nothing_stored_is_an_error(tmp_path):
