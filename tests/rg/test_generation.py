@@ -1,9 +1,10 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -83,7 +84,16 @@ def test_negative_prompts_are_for_all_images_or_one_for_each(tiny_pipeline):
         generate(pipe, PROMPTS[:2], negative_prompt=["dusk"], **arguments)
 
 
-@pytest.mark.parametrize(("name", "class_name"), SCHEDULERS.items())
+def test_set_scheduler_keeps_the_shift_of_flow_matching():
+    pipe = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    set_scheduler(pipe, "flow_euler")
+    assert type(pipe.scheduler).__name__ == SCHEDULERS["flow_euler"] and pipe.scheduler.config.shift == 3.0
+
+
+VARIANCE_PRESERVING = [item for item in SCHEDULERS.items() if item[0] != "flow_euler"]
+
+
+@pytest.mark.parametrize(("name", "class_name"), VARIANCE_PRESERVING)
 def test_set_scheduler_keeps_the_noise_schedule(tiny_pipeline, name, class_name):
     pipe = tiny_pipeline(prediction_type="v_prediction")
     before = pipe.scheduler

@@ -30,7 +30,7 @@ from rg.backbone.diffusion import DiffusionBackbone
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.targets import FixedTarget
 from rg.heads.protocol import FunctionHead
-from tests.families import build, denoise
+from tests.families import FLOW_MODELS, build, denoise, mostly_slow
 
 
 def brightness(features, time_embedding):
@@ -46,7 +46,9 @@ def strong(head=prompted):
     return ReadoutGuidance([GuidanceTerm(head)], readout_scale=0.5, normalize="rms")
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_controlnet", "pixart"])
+@pytest.mark.parametrize(
+    "family", mostly_slow(["sd15", "sdxl", "sdxl_controlnet", "pixart", *FLOW_MODELS], ("sd15", "sdxl", "pixart"))
+)
 def test_model_offload(tokenizer, family):
     # On the CPU as the device that computes: the same hooks, and the same exchange of them after every call.
     plain, guided = (denoise(build(family, tokenizer), family, guidance) for guidance in (None, strong()))
