@@ -166,10 +166,10 @@ FIGURES = (
         "New noise, and a prompt that says nothing of looks; the appearance head keeps them. Its strength grows to the "
         "right.",
         (
-            Row("attributes kept", "variations", "attributes kept", "unguided", "strong"),
-            Row("appearance distance", "variations", "appearance distance", "unguided", "strong", lower=True),
+            Row("attributes kept", "variations", "attributes kept", "unguided", "default"),
+            Row("appearance distance", "variations", "appearance distance", "unguided", "default", lower=True),
             Row(
-                "pose diversity, hourglass, pixels", "variations", "pose diversity, hourglass", "unguided", "strong",
+                "pose diversity, hourglass, pixels", "variations", "pose diversity, hourglass", "unguided", "default",
                 goal=0.5,
             ),
         ),
