@@ -22,7 +22,7 @@ from rg.guidance.energy import Reading, energy_and_gradient
 from rg.guidance.guidance import GuidanceTerm, ReadoutGuidance
 from rg.guidance.step import Forward, StepTrace, norm
 from rg.guidance.targets import Control, FixedTarget
-from rg.guidance.updates import alpha_bar, prediction_type
+from rg.guidance.updates import alpha_bar, holds_signal, prediction_type
 from rg.heads import load_head
 from rg.heads.hub import find_folder
 
@@ -42,8 +42,8 @@ class ReadoutGuider(ClassifierFreeGuidance):
         head: a readout head, or its folder, a shipped one's name, or "owner/name" on the hub.
         update: a rule that moves the denoiser's output: "score" or "velocity_norm" (rg.guidance.rules.RULES).
         strength: without a unit, see ReadoutGuidance.
-        branch: "uncond" reads under the negative prompt, which should be the one that the head was trained under, ""
-            by default; "cond" under the prompt; "both".
+        branch: "cond" reads under the prompt; "uncond" under the negative one, which should be the one that the head was
+            trained under, "" by default; "both".
         readout_start, readout_stop: the steps in which the readout guides, as fractions of them.
         guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled: of text guidance, as in
             ClassifierFreeGuidance; enabled=False leaves the readout out too.
@@ -236,15 +236,15 @@ class ReadoutGuider(ClassifierFreeGuidance):
     def _change(self, reading: Reading, gradient: Tensor) -> Tensor:
         """How the rule changes the denoiser's output: (B, C, h, w)."""
         rule, channels = self.guidance.rule, gradient.shape[1]
-        if rule.in_units:
+        abar, kind = alpha_bar(self._scheduler, reading.timestep), prediction_type(self._scheduler)
+        if rule.in_units and (kind == "epsilon" or holds_signal(kind, abar)):
             gradient = self._images.in_units(gradient)
-        abar = alpha_bar(self._scheduler, reading.timestep)
         return rule.function(
             gradient,
             reading.output[:, :channels],
             reading.latent,
             abar.to(gradient.device, torch.promote_types(abar.dtype, gradient.dtype)),
-            prediction_type=prediction_type(self._scheduler),
+            prediction_type=kind,
         )
 
     def _leave(self) -> None:

@@ -43,7 +43,7 @@ prompted = FunctionHead(brightness, prompt="")
 
 
 def strong(head=prompted):
-    return ReadoutGuidance([GuidanceTerm(head)], readout_scale=0.5, normalize="rms")
+    return ReadoutGuidance([GuidanceTerm(head)], readout_scale=0.5, normalize="rms", branch="uncond")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,11 @@ def test_sequential_offload(tokenizer, checkpointing):
     accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
     assert all(parameter.device.type == "meta" for parameter in pipe.unet.parameters())
     guidance = ReadoutGuidance(
-        [GuidanceTerm(prompted)], readout_scale=0.5, normalize="rms", checkpointing=checkpointing
+        [GuidanceTerm(prompted)],
+        readout_scale=0.5,
+        normalize="rms",
+        checkpointing=checkpointing,
+        branch="uncond",
     )
     torch.testing.assert_close(denoise(pipe, "sd15", guidance), guided, rtol=1e-4, atol=1e-4)
     assert all(parameter.device.type == "meta" and parameter.requires_grad for parameter in pipe.unet.parameters())
@@ -167,9 +171,9 @@ def test_lora_on_top(tokenizer, tiny_head, tmp_path, family, targets):
     assert set(flags.values()) == {True, False}
     target = FixedTarget(torch.zeros(1, 3, 32, 32))
     torch.testing.assert_close(
-        denoise(pipe, family, ReadoutGuidance([GuidanceTerm(head, target)], readout_scale=0.0)), plain
+        denoise(pipe, family, ReadoutGuidance([GuidanceTerm(head, target)], readout_scale=0.0, branch="uncond")), plain
     )
-    guidance, unguided = strong(), ReadoutGuidance([GuidanceTerm(prompted)], readout_scale=0.0)
+    guidance, unguided = strong(), ReadoutGuidance([GuidanceTerm(prompted)], readout_scale=0.0, branch="uncond")
     denoise(pipe, family, unguided)
     assert not torch.allclose(denoise(pipe, family, guidance), plain, atol=1e-2)
     assert (guidance.trace[-1].energy < unguided.trace[-1].energy).all()
@@ -265,11 +269,11 @@ def test_heads_that_do_not_fit_are_named_and_the_pipeline_is_left_alone(tokenize
         (tiny_head(pipe.unet, variant="rgb").half(), "head: expected float32 weights.*, got torch.float16"),
         (tiny_head(pipe.unet, variant="rgb").to("meta"), "head: expected it on the pipeline's cpu, got meta"),
     ):
-        refuse(pipe, ReadoutGuidance([GuidanceTerm(head, target)]), words)
+        refuse(pipe, ReadoutGuidance([GuidanceTerm(head, target)], branch="uncond"), words)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     refuse(pipe, strong(), "got FlowMatchEulerDiscreteScheduler")
     pipe.scheduler = EulerDiscreteScheduler()
-    adam = ReadoutGuidance([GuidanceTerm(brightness)], update="adam")
+    adam = ReadoutGuidance([GuidanceTerm(brightness)], update="adam", branch="uncond")
     refuse(pipe, adam, "DDIMScheduler, got EulerDiscreteScheduler")
     pipe.text_encoder = None
     refuse(pipe, strong(), "has no text encoder to embed it: expected pipe.text_encoder, got None")

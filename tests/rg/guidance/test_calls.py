@@ -53,7 +53,9 @@ class Look(EnergyHead):
 
 
 def strong(head=prompted, **settings):
-    return ReadoutGuidance([GuidanceTerm(head)], **{"readout_scale": 0.5, "normalize": "rms"} | settings)
+    return ReadoutGuidance(
+        [GuidanceTerm(head)], **{"branch": "uncond", **{"readout_scale": 0.5, "normalize": "rms"} | settings}
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"update": "adam", "branch": "both", "learning_rate": 0.1}])
@@ -69,7 +71,7 @@ def test_inference_mode_around_a_call_changes_nothing(tokenizer, family, setting
     reference, head = ReferenceTarget(), Look()
     with torch.inference_mode():
         terms = [GuidanceTerm(head, FixedTarget(control), arguments={"shift": torch.ones(2)})]
-        guidance = ReadoutGuidance([*terms, GuidanceTerm(head, reference)], **settings)
+        guidance = ReadoutGuidance([*terms, GuidanceTerm(head, reference)], **{"branch": "uncond", **settings})
         with guidance.record(pipe):
             denoise(pipe, family, steps=2)
     denoise(pipe, family, guidance, steps=2)
@@ -86,7 +88,7 @@ def test_weights_made_in_inference_mode_are_named(tokenizer, tiny_head):
         head = tiny_head(pipe.unet, variant="rgb")
     term = GuidanceTerm(head, FixedTarget(torch.zeros(1, 3, 32, 32)))
     with pytest.raises(ValueError, match=r"head: .*outside of torch.inference_mode\(\)"):
-        denoise(pipe, "sd15", ReadoutGuidance([term]))
+        denoise(pipe, "sd15", ReadoutGuidance([term], branch="uncond"))
     pipe.enable_model_cpu_offload(device="cpu")
     with pytest.raises(ValueError, match=r"denoiser: .*moved by offloading.*torch.no_grad"), torch.inference_mode():
         denoise(pipe, "sd15", strong())
@@ -112,7 +114,7 @@ def test_controls_and_arguments_repeat_as_prompts_do(tokenizer):
     with pytest.raises(ValueError, match="arguments: expected 1 or 4 of them, one per image, got 2"):
         run(controls[[0, 0, 1, 1]], shifts, prompt=prompts * 2)
     reference = ReferenceTarget()
-    guidance = ReadoutGuidance([GuidanceTerm(Look(), reference)], readout_scale=0.0)
+    guidance = ReadoutGuidance([GuidanceTerm(Look(), reference)], readout_scale=0.0, branch="uncond")
     with guidance.record(pipe):
         denoise(pipe, "sd15", steps=2, generator=None, latents=latents[[0, 2]])
     denoise(pipe, "sd15", guidance, steps=2, generator=None, latents=latents[[0, 0, 2, 2]], **two)
@@ -127,7 +129,7 @@ def test_the_pipeline_that_runs_is_the_one_that_is_guided(tokenizer, ran_before)
     if ran_before:
         denoise(pipe, "sd15", steps=2)
     plain = denoise(other, "sd15_img2img", steps=5)
-    for attach in (strong().attach, ReadoutGuidance([GuidanceTerm(Look(), ReferenceTarget())]).record):
+    for attach in (strong().attach, ReadoutGuidance([GuidanceTerm(Look(), ReferenceTarget())], branch="uncond").record):
         with attach(pipe):
             for _ in range(2):
                 with pytest.raises(ValueError, match="StableDiffusionPipeline, got one of StableDiffusionImg2ImgPipel"):
@@ -239,7 +241,9 @@ def test_a_control_lies_on_the_image_that_a_transformer_pipeline_cuts_out(tokeni
     pipe = build("pixart", tokenizer)
     pipe.transformer.register_to_config(sample_size=32)  # its pipeline bins sizes of about 256x256 pixels
     head, asked, made = Look(), (200, 300), (208, 304)
-    guidance = ReadoutGuidance([GuidanceTerm(head, FixedTarget(torch.zeros(1, 24, 1, 1)))], readout_scale=0.0)
+    guidance = ReadoutGuidance(
+        [GuidanceTerm(head, FixedTarget(torch.zeros(1, 24, 1, 1)))], readout_scale=0.0, branch="uncond"
+    )
     sizes = {"height": asked[0], "width": asked[1], "use_resolution_binning": True}
     images = denoise(pipe, "pixart", guidance, images=1, steps=1, output_type="pt", **sizes)
     assert images.shape[-2:] == asked
@@ -267,7 +271,7 @@ def test_zero_terminal_snr_is_bounded_as_with_ddim(tokenizer, scheduler, setting
         pipe = build("sd15", tokenizer, prediction_type="v_prediction")
         changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
-        guidance = ReadoutGuidance([GuidanceTerm(prompted)], **settings)
+        guidance = ReadoutGuidance([GuidanceTerm(prompted)], **{"branch": "uncond", **settings})
         final[kind] = denoise(pipe, "sd15", guidance, steps=10).abs().max()
         largest[kind] = max(step.delta_norm.max() for step in guidance.trace)
         assert not guidance.trace[0].delta_norm.any()

@@ -74,10 +74,12 @@ def traces(pipe):
 def test_scale_zero_is_plain_sampling_and_nothing_is_left_behind(tokenizer, family):
     pipe = build(family, tokenizer)
     plain, before = denoise(pipe, family), traces(pipe)
-    guidance = ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=0.0)
+    guidance = ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=0.0, branch="uncond")
     torch.testing.assert_close(denoise(pipe, family, guidance), plain, rtol=1e-5, atol=1e-5)
     assert guidance.trace
-    broken = ReadoutGuidance([GuidanceTerm(lambda features, _: brightness(features, _) * float("nan"))])
+    broken = ReadoutGuidance(
+        [GuidanceTerm(lambda features, _: brightness(features, _) * float("nan"))], branch="uncond"
+    )
     with pytest.raises(FloatingPointError):
         denoise(pipe, family, broken)
     assert traces(pipe) == before
@@ -127,7 +129,7 @@ def test_what_is_added_is_the_gradient_of_the_energy(tokenizer, family):
 def test_the_guided_energy_falls(tokenizer, family, settings):
     pipe = build(family, tokenizer)
     unguided = ReadoutGuidance([GuidanceTerm(brightness)], readout_scale=0.0, branch=settings.get("branch", "uncond"))
-    guidance = ReadoutGuidance([GuidanceTerm(brightness)], **settings)
+    guidance = ReadoutGuidance([GuidanceTerm(brightness)], **{"branch": "uncond", **settings})
     denoise(pipe, family, unguided, steps=6)
     denoise(pipe, family, guidance, steps=6)
     torch.testing.assert_close(guidance.trace[0].energy, unguided.trace[0].energy)
@@ -155,7 +157,7 @@ def test_sizes_batches_and_prompts(tokenizer, tiny_head, family, changes):
     head = tiny_head(denoiser_of(pipe), variant="rgb", time_convention="mirrored")
     height, width = changes.get("size", (32, 32))
     control = FixedTarget(torch.rand(1, 3, height, width) * 2 - 1)
-    guidance = ReadoutGuidance([GuidanceTerm(head, control)], readout_scale=0.0, keep_readouts=True)
+    guidance = ReadoutGuidance([GuidanceTerm(head, control)], readout_scale=0.0, keep_readouts=True, branch="uncond")
     plain = denoise(pipe, family, steps=steps, **changes)
     torch.testing.assert_close(denoise(pipe, family, guidance, steps=steps, **changes), plain, rtol=1e-5, atol=1e-5)
     readout = guidance.trace[-1].readouts[0]
@@ -163,7 +165,7 @@ def test_sizes_batches_and_prompts(tokenizer, tiny_head, family, changes):
     cell = 2 * family_of(denoiser_of(pipe)).patch()
     assert readout.shape == (len(plain), 3, height // cell, width // cell)
     assert guidance.trace[-1].energy.shape == (len(plain),) and len(guidance.trace) == steps
-    strong = ReadoutGuidance([GuidanceTerm(head, control)], normalize="rms", readout_scale=0.5)
+    strong = ReadoutGuidance([GuidanceTerm(head, control)], normalize="rms", readout_scale=0.5, branch="uncond")
     assert not torch.allclose(denoise(pipe, family, strong, steps=steps, **changes), plain, atol=1e-2)
 
 
@@ -208,7 +210,7 @@ def test_features_are_read_under_the_heads_own_condition(tokenizer, tiny_head, f
         seen.append((features, time_embedding))
         return brightness(features, time_embedding)
 
-    guidance = ReadoutGuidance([GuidanceTerm(FunctionHead(spy, prompt=""))], readout_scale=0.0)
+    guidance = ReadoutGuidance([GuidanceTerm(FunctionHead(spy, prompt=""))], readout_scale=0.0, branch="uncond")
     calls, handles = calls_of(pipe)
     denoise(pipe, family, guidance, steps=2, **arguments)
     for handle in handles:
@@ -284,8 +286,8 @@ def test_a_pose_head_learns_on_a_saved_transformer_and_guides_it(tokenizer, pose
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "model")
     pipe.set_progress_bar_config(disable=True)
     term = GuidanceTerm(SpatialHead.from_pretrained(tmp_path / "head"), FixedTarget(poses(2, seed=1)))
-    unguided = ReadoutGuidance([term], readout_scale=0.0)
-    guidance = ReadoutGuidance([term], normalize="rms")
+    unguided = ReadoutGuidance([term], readout_scale=0.0, branch="uncond")
+    guidance = ReadoutGuidance([term], normalize="rms", branch="uncond")
     for each in (unguided, guidance):
         denoise(pipe, family, each, steps=10)
     assert [step.condition for step in guidance.trace] == ["own" if family == "flux" else "shared"] * 10

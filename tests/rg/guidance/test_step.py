@@ -52,7 +52,7 @@ def test_delta_is_the_true_gradient_of_the_energy(tiny_pipeline, tiny_head, pose
     # Against central differences of the energy in float64, computed without the hook, along random directions.
     pipe = tiny_pipeline()
     head = tiny_head(pipe.unet)
-    guidance = ReadoutGuidance([GuidanceTerm(head, FixedTarget(poses(1)))], readout_scale=100.0)
+    guidance = ReadoutGuidance([GuidanceTerm(head, FixedTarget(poses(1)))], readout_scale=100.0, branch="uncond")
     delta, x = deltas(pipe, denoise, guidance, steps=2)
     timestep = pipe.scheduler.timesteps[:1]
     gradient = delta[:1].double() / (100 * (1 - pipe.scheduler.alphas_cumprod[timestep]).sqrt())
@@ -75,7 +75,7 @@ def test_delta_is_the_true_gradient_of_the_energy(tiny_pipeline, tiny_head, pose
 def test_rms_normalised_delta_is_relative_to_the_noise_prediction(tiny_pipeline, denoise, prediction_type):
     pipe = tiny_pipeline(prediction_type=prediction_type)
     terms = [GuidanceTerm(brightness)]
-    guidance = ReadoutGuidance(terms, normalize="rms", readout_scale=0.3)
+    guidance = ReadoutGuidance(terms, normalize="rms", readout_scale=0.3, branch="uncond")
     delta, x = deltas(pipe, denoise, guidance, images=2, steps=3)
     abar = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps[0]]
     empty = pipe.encode_prompt("", "cpu", 1, False)[0].expand(2, -1, -1)
@@ -87,7 +87,7 @@ def test_rms_normalised_delta_is_relative_to_the_noise_prediction(tiny_pipeline,
     expected = 0.3 * (1 - abar).sqrt() * noise.flatten(1).norm(dim=1)
     torch.testing.assert_close(delta[:2].flatten(1).norm(dim=1), expected, rtol=1e-4, atol=0)
     assert torch.allclose(delta[:2], delta[2:], atol=1e-6), "both halves of the batch move alike"
-    raw, _ = deltas(pipe, denoise, ReadoutGuidance(terms), images=2, steps=3)
+    raw, _ = deltas(pipe, denoise, ReadoutGuidance(terms, branch="uncond"), images=2, steps=3)
     assert torch.cosine_similarity(delta[:2].flatten(1), raw[:2].flatten(1)).min() > 0.999
 
 
@@ -96,7 +96,7 @@ def test_two_terms_add_up(tiny_pipeline, tiny_head, poses, denoise):
     one, other = GuidanceTerm(tiny_head(pipe.unet), FixedTarget(poses(1)), 0.5), GuidanceTerm(brightness, weight=0.5)
     doubled = GuidanceTerm(one.head, one.target, 1.0)
     twice, once, both, alone = (
-        deltas(pipe, denoise, ReadoutGuidance(terms, readout_scale=1e3), steps=2)[0]
+        deltas(pipe, denoise, ReadoutGuidance(terms, readout_scale=1e3, branch="uncond"), steps=2)[0]
         for terms in ([one, one], [doubled], [one, other], [other])
     )
     torch.testing.assert_close(twice, once, rtol=1e-4, atol=1e-5)
@@ -110,7 +110,10 @@ def test_latent_range_factor_scales_energies(tiny_pipeline, tiny_head, poses, de
     energies = {}
     for factor in (False, True):
         guidance = ReadoutGuidance(
-            [GuidanceTerm(head, FixedTarget(poses(1)))], readout_scale=0.0, latent_range_factor=factor
+            [GuidanceTerm(head, FixedTarget(poses(1)))],
+            readout_scale=0.0,
+            latent_range_factor=factor,
+            branch="uncond",
         )
         _, x = deltas(pipe, denoise, guidance, images=2, steps=2)
         energies[factor] = guidance.trace[0].energy
@@ -123,7 +126,7 @@ def test_checkpointing_recomputes_and_changes_nothing(tiny_pipeline, tiny_head, 
     images, calls = {}, Counter()
     for checkpointing in (False, True):
         term = GuidanceTerm(tiny_head(pipe.unet), FixedTarget(poses(1)))
-        guidance = ReadoutGuidance([term], readout_scale=300.0, checkpointing=checkpointing)
+        guidance = ReadoutGuidance([term], readout_scale=300.0, checkpointing=checkpointing, branch="uncond")
         block = pipe.unet.up_blocks[0].resnets[0]
         handle = block.register_forward_pre_hook(lambda *_, key=checkpointing: calls.update([key]))
         images[checkpointing] = denoise(pipe, guidance)
@@ -151,7 +154,10 @@ def test_training_sampling_and_evaluation_read_the_same(
     clean, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     x_t = backbone.add_noise(clean, noise, timesteps)
     guidance = ReadoutGuidance(
-        [GuidanceTerm(head, FixedTarget(poses(1))), GuidanceTerm(spy)], readout_scale=0.0, keep_readouts=True
+        [GuidanceTerm(head, FixedTarget(poses(1))), GuidanceTerm(spy)],
+        readout_scale=0.0,
+        keep_readouts=True,
+        branch="uncond",
     )
     denoise(pipe, guidance, images=2, latents=x_t)
     features, time_embedding = captured[0]
@@ -184,7 +190,8 @@ def test_training_sampling_and_evaluation_read_the_same(
 )
 def test_cost_of_a_step(tiny_pipeline, tiny_head, poses, denoise, settings, arguments, calls, condition):
     pipe = tiny_pipeline()
-    guidance = ReadoutGuidance([GuidanceTerm(tiny_head(pipe.unet), FixedTarget(poses(1)))], **settings)
+    term = GuidanceTerm(tiny_head(pipe.unet), FixedTarget(poses(1)))
+    guidance = ReadoutGuidance([term], **{"branch": "uncond", **settings})
     rows = Counter()
 
     def count(_module, given):

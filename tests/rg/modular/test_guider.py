@@ -109,7 +109,7 @@ def test_video_is_refused_and_the_pipeline_is_left_as_it_was(tokenizer):
 
 def test_without_a_negative_prompt_there_is_only_the_prompts_branch(tokenizer):
     pipe = build_modular("flux2", tokenizer)
-    with_guider(pipe, guidance_scale=1.0).steer(terms=TERMS)
+    with_guider(pipe, guidance_scale=1.0, branch="uncond").steer(terms=TERMS)
     with pytest.raises(ValueError, match=r"branch=uncond .* step 0 has none: guidance_scale is 1\.0.*branch=cond"):
         run_modular(pipe, "flux2")
     guider = with_guider(pipe, guidance_scale=1.0, branch="cond").steer(terms=TERMS)
