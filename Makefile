@@ -54,7 +54,7 @@ test-slow: $(STAMP) ## the slow tests alone
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: $(STAMP) ## every test
-	$(PYTEST) -m "not real and not online" $(ARGS)
+	$(PYTEST) -m "not real and not online and not browser" $(ARGS)
 
 test-app: $(BROWSER) ## the page, by a real browser: Debian's chromium
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/app/bin/python -m pytest -m browser tests/rg/app $(ARGS)

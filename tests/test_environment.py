@@ -116,7 +116,7 @@ def test_conda_gets_what_make_setup_installs() -> None:
 def test_declared_is_what_is_imported() -> None:
     declared = {canonicalize_name(requirement.name) for requirement in CORE}
     # Imported where they are used alone: who labels no photographs, or has one machine, does without.
-    extras = ("photographs", "ray", "slurm", "app")
+    extras = ("photographs", "ray", "slurm", "app", "dashboard")
     lines = [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
     lazy = {canonicalize_name(Requirement(line).name) for line in lines}
     assert imported() - declared == lazy, "imported but not in pyproject.toml, or the other way round"
