@@ -19,7 +19,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = [Requirement(line) for line in PROJECT["dependencies"]]
 DEV = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
 # Locked, but installed only where they are asked for.
-OPTIONAL = [Requirement(line) for extra in ("ray", "slurm", "app") for line in PROJECT["optional-dependencies"][extra]]
+OPTIONAL = [
+    Requirement(line)
+    for extra in ("ray", "slurm", "app", "search", "dashboard")
+    for line in PROJECT["optional-dependencies"][extra]
+]
 # Needed although no file imports them: why.
 INDIRECT = {
     "accelerate": "diffusers loads and offloads models with it",

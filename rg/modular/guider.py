@@ -42,8 +42,8 @@ class ReadoutGuider(ClassifierFreeGuidance):
         head: a readout head, or its folder, a shipped one's name, or "owner/name" on the hub.
         update: a rule that moves the denoiser's output: "score" or "velocity_norm" (rg.guidance.rules.RULES).
         strength: without a unit, see ReadoutGuidance.
-        branch: "cond" reads under the prompt; "uncond" under the negative one, which should be what the head was trained
-            under, "" by default; "both".
+        branch: "cond" reads under the prompt; "uncond" under the negative one, which should be the head's own, "" by
+            default; "both".
         readout_start, readout_stop: the steps in which the readout guides, as fractions of them.
         guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled: of text guidance, as in
             ClassifierFreeGuidance; enabled=False leaves the readout out too.
