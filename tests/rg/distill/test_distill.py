@@ -79,6 +79,7 @@ def test_the_head_is_not_asked_where_little_can_be_read(backbone):
 
 
 @pytest.mark.parametrize("kind", ["t2i_adapter", "controlnet"])
+@pytest.mark.slow
 def test_an_adapter_lowers_what_it_is_trained_for(backbone, kind):
     student = AdapterStudent(kind=kind, empty=0.0).attach(backbone, load_head("pose_8k5"))
     batch = a_batch(backbone)
@@ -135,6 +136,7 @@ def run(folder, *overrides, name="run"):
     return distill(config, folder / name)
 
 
+@pytest.mark.slow
 def test_a_head_becomes_a_folder_that_resumes_and_has_a_card(tmp_path, capsys):
     folder = run(tmp_path)
     first = load_file(folder / "diffusion_pytorch_model.safetensors")
@@ -168,6 +170,7 @@ def test_what_cannot_be_distilled_is_said(overrides, message, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.slow
 def test_published_worlds_distil_by_the_same_command(family, tokenizer, tmp_path):
     build(family, tokenizer, dtype=torch.float16).save_pretrained(tmp_path / "model", variant="fp16")
     tiny = DiffusionBackbone.from_pretrained(str(tmp_path / "model"), device="cpu", precision="float16", variant="fp16")
