@@ -119,7 +119,11 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize(("command", "page"), COMMANDS.items(), ids=list(COMMANDS))
+@pytest.mark.parametrize(
+    ("command", "page"),
+    # Two hundred compositions take a while: those of the README at every run, the others with the slow tests.
+    [pytest.param(*item, id=item[0], marks=[pytest.mark.slow] * (item[1] != "README.md")) for item in COMMANDS.items()],
+)
 def test_command(command: str, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {name: code for name, _, code in blocks(page) if name}
     for name, code in files.items():

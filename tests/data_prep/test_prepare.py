@@ -107,6 +107,7 @@ def test_second_run_writes_nothing(tmp_path, recipe):
     assert before == {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.glob("[!.]*")}
 
 
+@pytest.mark.slow
 def test_extending_gives_the_bytes_of_the_whole_and_keeps_finished_shards(tmp_path, recipe):
     build(root=str(tmp_path / "whole"), n=None, **recipe)
     build(root=str(tmp_path / "parts"), n=13, **recipe)

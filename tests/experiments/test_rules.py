@@ -74,6 +74,7 @@ def small(folder: Path, **changes):
     return OmegaConf.merge(cfg, {"out": str(folder), **changes})
 
 
+@pytest.mark.slow
 def test_the_default_comes_first_and_each_rule_composes(tmp_path):
     planned = list(choices(small(tmp_path)))
     assert (planned[0].rule, planned[0].strength) == ("score", 1.0)

@@ -58,6 +58,7 @@ def mean_energy(trace):
     return float(torch.stack([step.energy for step in trace]).mean())
 
 
+@pytest.mark.slow
 def test_variations_come_nearer_to_the_reference(run, tmp_path):
     guided, trace = run("terms=[style]", "images=2", "guidance.readout_scale=0.1")
     plain, free = run("terms=[style]", "images=2", "guidance.readout_scale=0.0")
@@ -127,6 +128,7 @@ def test_bad_words_are_refused_before_sampling(run, words, message):
         run(*words)
 
 
+@pytest.mark.slow
 def test_boxes_are_compared_alone(run):
     """The same box of the same image is the same; another is not."""
     same = "[[0,0,32,64],[0,0,32,64]]"

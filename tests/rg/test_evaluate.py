@@ -102,6 +102,7 @@ def test_a_judge_without_weights_is_said_with_file_home_and_key(judged, tmp_path
     assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
+@pytest.mark.slow
 def test_a_run_counts_what_it_left_out_and_takes_any_alphas(evaluation):
     words = ["images=2", "batch_size=1", "alphas=[0.15,0.05]", "guidance.keep_readouts=false"]
     made = evaluation(*words, "+sampling.negative_prompt=[dusk,night]")
@@ -162,6 +163,7 @@ def test_two_workers_make_the_same_files_as_one(evaluation, tmp_path):
     assert not list((tmp_path / "run").glob("samples-*")), "an engine is no other setting"
 
 
+@pytest.mark.slow
 def test_samples_of_other_settings_are_set_aside_each_time(evaluation, tmp_path):
     for seed in (0, 1, 0, 1):
         made = evaluation("images=1", f"seed={seed}")

@@ -108,7 +108,10 @@ def test_validation_is_logged_for_every_noise_level(folder, uninterrupted):
     assert {path.name for path in (folder / "whole/images").iterdir()} == figures
 
 
-@pytest.mark.parametrize(("checkpoint_every", "calls"), [(3, 1), (4, 2)], ids=["middle-of-epoch", "end-of-epoch"])
+@pytest.mark.parametrize(
+    ("checkpoint_every", "calls"),
+    [pytest.param(3, 1, id="middle-of-epoch"), pytest.param(4, 2, id="end-of-epoch", marks=pytest.mark.slow)],
+)
 def test_resumed_equals_uninterrupted(folder, uninterrupted, checkpoint_every, calls):
     parts = folder / f"parts-{checkpoint_every}"
     with pytest.raises(RuntimeError, match="power cut"):
@@ -126,6 +129,7 @@ def test_resumed_equals_uninterrupted(folder, uninterrupted, checkpoint_every, c
     assert list(logged(parts / "csv/version_1", "train/loss")) == list(range(checkpoint_every, 6))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_one_interval(folder, uninterrupted, caplog):
     parts = folder / "damaged"
     with pytest.raises(RuntimeError, match="power cut"):

@@ -62,6 +62,7 @@ def test_an_export_that_is_killed_leaves_the_old_folder(
     assert [path.name for path in tmp_path.iterdir()] == ["marionette"]
 
 
+@pytest.mark.slow
 def test_a_training_under_way_is_exported_and_left_alone(
     images: Renders, settings: dict[str, Any], autoencoder: Path, tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def test_an_estimate_is_the_heads_own_score(embedded):
     assert error.ours == pytest.approx(0, abs=1e-6) and error.baseline > 0.1
 
 
+@pytest.mark.slow
 def test_the_command_keeps_what_others_found(folders, monkeypatch):
     monkeypatch.chdir(folders)
     out = folders / "readouts.json"

@@ -127,6 +127,7 @@ def test_a_reference_of_another_run_is_named(tokenizer):
         pass
 
 
+@pytest.mark.slow
 def test_steps_that_share_a_timestep_are_told_apart(tokenizer):
     pipe = build("sd15", tokenizer, scheduler=DPMSolverMultistepScheduler)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
@@ -150,7 +151,7 @@ def test_a_shortened_run_counts_its_own_steps(tokenizer, family):
     assert all((step.energy.abs() < 1e-5).all() for step in guidance.trace)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", mostly_slow(MODELS, ("sd15",)))
 def test_a_real_image_is_inverted_recorded_and_guides(tokenizer, model, dtype):
     pipe = build(model, tokenizer, dtype=dtype)

@@ -27,6 +27,7 @@ def settings(root: Path, tmp_path: Path) -> dict[str, Any]:
         return OmegaConf.to_container(compose("experiments/marionette_card", changes), resolve=True)
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_written(settings: dict[str, Any], tmp_path: Path):
     Path(settings["record"]).write_text(json.dumps({"command": "python -m x", "unet": {"steps": 5, "seconds": 60}}))
     card = run(settings, "python -m card")
