@@ -15,6 +15,9 @@ KEYPOINTS = (
     "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle",
     "right_eye", "left_eye", "right_ear", "left_ear",
 )  # fmt: skip
+# The keypoint that each one becomes when an image is mirrored: left and right change places.
+_SIDES = {"left": "right", "right": "left"}
+MIRROR = tuple(KEYPOINTS.index("_".join(_SIDES.get(word, word) for word in name.split("_"))) for name in KEYPOINTS)
 # Pairs of keypoints that a skeleton joins, in OpenPose's drawing order.
 LIMBS = (
     (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10),

@@ -175,11 +175,13 @@ def check(cfg: DictConfig, added: Sequence[str] = (), removed: Sequence[str] = (
         settings = OmegaConf.to_container(cfg, resolve=True)
         _check_node(settings, "")
     known = ["experiment", "sweep", *_names(settings)]
-    for name in added:
+    # A mapping is as many settings as it holds.
+    leaves = [f"{name}{end}" for name in added for end in _ends(OmegaConf.select(cfg, name))]
+    for name in leaves:
         parent, _, key = name.rpartition(".")
         holder = OmegaConf.select(cfg, parent) if parent else cfg
         if parent not in FREE and "_target_" not in (holder or {}) and type_of(name) is None:
-            others = [other for other in known if other not in added]
+            others = [other for other in known if other not in leaves and other not in added]
             raise ValueError(f"{name}: no such setting; {near(name, others)}")
     for name in removed:
         parent, _, key = name.rpartition(".")
@@ -187,6 +189,15 @@ def check(cfg: DictConfig, added: Sequence[str] = (), removed: Sequence[str] = (
         words = re.fullmatch("_.*_", key)  # without them Hydra makes something else of the others
         if "_target_" in owner and (words or key in signature_of(_target(owner["_target_"], parent)).required):
             raise ValueError(f"~{name}: expected {name} to stay, which {owner['_target_']} needs")
+
+
+def _ends(value: Any) -> Iterator[str]:
+    """What follows a setting's name in the names of what it holds: "" of a plain value, a list or a call."""
+    if not isinstance(value, DictConfig) or not value or "_target_" in value:
+        yield ""
+        return
+    for key in value:
+        yield from (f".{key}{end}" for end in _ends(value[key]))
 
 
 def check_arguments(function: Callable[..., Any], arguments: dict[str, Any], path: str, closed: bool = False) -> None:

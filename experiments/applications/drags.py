@@ -23,12 +23,11 @@ from experiments.applications.drawing import draw_arrows
 from experiments.quality.relative import RawFeatures
 from rg.cli import claimed, command
 from rg.data.samples import Samples
-from rg.detectors.detection import MIRROR
 from rg.guidance.guidance import GuidanceTerm
 from rg.guidance.targets import ReferenceTarget
 from rg.heads.correspondence import CorrespondenceHead, nearest
 from rg.heads.relative import pick
-from rg.points import KEYPOINTS, Size, cells, inside
+from rg.points import KEYPOINTS, MIRROR, Size, cells, inside
 
 # What is dragged, and the joint that it turns around.
 ENDS = {

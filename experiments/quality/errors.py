@@ -11,12 +11,11 @@ from torch import Tensor
 
 from rg.cli import command
 from rg.data.shards import read_shards
-from rg.detectors.detection import MIRROR
 from rg.evaluate import measurable_samples
 from rg.io.files import read_json, write_text
 from rg.io.records import Record, validate
 from rg.metrics.keypoints import box_side
-from rg.points import KEYPOINTS
+from rg.points import KEYPOINTS, MIRROR
 from rg.report import read_record
 
 

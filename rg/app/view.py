@@ -13,9 +13,8 @@ import gradio as gr
 from PIL import Image
 from torch import Tensor
 
-from rg.detectors.detection import MIRROR
 from rg.io.images import to_bytes
-from rg.points import COLORS, KEYPOINTS, LIMBS, Size
+from rg.points import COLORS, KEYPOINTS, LIMBS, MIRROR, Size
 
 STATIC = Path(__file__).parent / "static"
 MAX_TEXT = 2**20  # bytes of a pose

@@ -4,12 +4,6 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from rg.points import KEYPOINTS
-
-# The keypoint that each one becomes when an image is mirrored: left and right change places.
-_SIDES = {"left": "right", "right": "left"}
-MIRROR = tuple(KEYPOINTS.index("_".join(_SIDES.get(word, word) for word in name.split("_"))) for name in KEYPOINTS)
-
 
 class Detection(NamedTuple):
     """What a judge found in B images, P people each, the surest first.

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rg.detectors.detection import MIRROR, Detection
+from rg.detectors.detection import Detection
 from rg.detectors.hourglass import Hourglass
-from rg.points import KEYPOINTS, Size, peaks, rescale
+from rg.points import KEYPOINTS, MIRROR, Size, peaks, rescale
 
 CROP = 64  # side in pixels of the crops that poses are read from
 LEAST_KEYPOINTS = 6  # of a person who counts in full: a portrait shows eight

@@ -89,6 +89,7 @@ def test_experiments_fit(experiment):
         ("experiments/benchmark", "repeats=none", ["repeats", "integer", '"none"']),
         ("cost", "hardware.gflops=-1", ["hardware.gflops", "0", "-1"]),
         ("train", "verbose=1", ["verbose", "boolean", "1"]),
+        ("experiments/rules", "+rules.mine={strengts:[0.5]}", ["rules.mine.strengts", "rules.mpgd.strengths"]),
         ("edit", "world.backbone='0'", ["world.backbone", "_target_", '"0"']),
         ("train", "world.projection_dim={_target_: os.getcwd}", ["world.projection_dim", "plain", "os.getcwd"]),
     ],
@@ -124,6 +125,7 @@ def test_a_wrong_setting_is_named_with_what_was_expected_and_found(config, word,
         ("experiments/marionette_train", ["preset=day"]),
         ("experiments/marionette_train", ["preset=gpu"]),
         ("cost", ["job=sample", "+experiment=pose_control", "world=sd15"]),
+        ("experiments/rules", ["+rules.mine={overrides:['guidance=pose'],strengths:[0.5]}"]),
     ],
 )
 def test_what_can_be_passes(config, words):

@@ -18,10 +18,10 @@ from data_prep.marionette.vocabulary import ATTRIBUTES
 from experiments.marionette.renders import world_id
 from experiments.marionette.trainer import mixed_precision
 from rg.backbone.diffusion import DiffusionBackbone
-from rg.detectors.detection import MIRROR
 from rg.detectors.keypoints import crop, to_crops
 from rg.io.files import atomic
 from rg.io.images import from_bytes, to_bytes
+from rg.points import MIRROR
 
 KINDS = {"one": 0.55, "two": 0.3, "portrait": 0.15}
 SPLITS = {"train": 0, "threshold": 1, "quality": 2}

@@ -6,8 +6,7 @@ import pytest
 from data_prep.prepare import build
 from experiments.quality.errors import errors
 from rg.data.shards import read_shards
-from rg.detectors.detection import MIRROR
-from rg.points import KEYPOINTS
+from rg.points import KEYPOINTS, MIRROR
 
 
 def test_swapped_sides_are_told_from_other_errors(tmp_path: Path):

@@ -4,9 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rg.detectors.detection import MIRROR
 from rg.detectors.keypoints import MARGIN, KeypointDetector, PersonDetector
-from rg.points import KEYPOINTS
+from rg.points import KEYPOINTS, MIRROR
 
 SHIPPED = Path(__file__).parents[3] / "rg/models/detector"
 
